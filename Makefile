@@ -1,0 +1,66 @@
+# The verbs of this project; `make help` lists them. They need Python >= 3.10, make and pip alone.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# Options for what a verb starts: make demo ARGS=--short, make test ARGS="tests/unit -k template".
+ARGS ?=
+PYTEST_ARGS ?= $(ARGS)
+
+# These have a branch coverage of 100 %: a lock that is wrong in one rare branch is a wrong lock.
+PROVEN := concurrency_safe/core/*,concurrency_safe/postgres/*,concurrency_safe/locks.py,concurrency_safe/guards.py
+
+# Where the system has it: whatever we start is interrupted when make itself is killed, -9 included.
+TETHER := $(shell t='env --default-signal=INT setpriv --pdeathsig INT'; $$t true 2>/dev/null && echo $$t)
+
+# A .venv without a working pip (half built, or its Python is gone) is built anew.
+MADE := $(VENV)/.made
+BROKEN := $(shell $(PY) -c 'import pip' 2>/dev/null || echo rebuild)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types bench chaos docs rebuild
+
+help: ## list the verbs
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+venv: $(MADE) ## build .venv when it is missing or stale
+
+demo: $(MADE) ## show the main job on real servers (ARGS=--short, ARGS=--serve)
+	$(TETHER) $(PY) -m example.demo $(ARGS)
+
+test: $(MADE) ## run the tests and check the coverage (ARGS="tests/unit -k key": those alone, unchecked)
+	$(PY) -m tests.servers.fetch
+ifneq ($(strip $(PYTEST_ARGS)),)
+	$(TETHER) $(PY) -m pytest $(PYTEST_ARGS)
+else
+	$(PY) -m coverage erase
+	$(TETHER) $(PY) -m coverage run -m pytest
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report
+	$(PY) -m coverage report --include='$(PROVEN)' --fail-under=100
+endif
+
+lint: $(MADE) ## check the code's style, its format and its layers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
+
+types: $(MADE) ## check the types: mypy for all the code, pyright for the public API
+	$(PY) -m mypy
+	$(PY) -m basedpyright --pythonpath $(PY)
+
+bench: $(MADE) ## measure (not built yet)
+chaos: $(MADE) ## break things on purpose (not built yet)
+docs: $(MADE) ## build the documentation (not built yet)
+bench chaos docs:
+	@echo 'make $@: not built yet, so nothing was run' >&2; exit 1
+
+$(MADE): pyproject.toml constraints.txt $(BROKEN)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo 'make: $(PYTHON) is missing, or older than 3.10; name another one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@echo 'building $(VENV), which takes about a minute'
+	@$(if $(BROKEN),$(PYTHON) -m venv --clear $(VENV) || { \
+		echo 'make: $(PYTHON) has no venv; on Debian: apt-get install python3-venv' >&2; exit 1; })
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
