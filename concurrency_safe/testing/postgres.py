@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from concurrency_safe.testing.process import ServerError
 from concurrency_safe.testing.server import Server
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
 #: What differs from PostgreSQL's own defaults. The data live for a test, so nothing is synced, and
@@ -143,16 +143,33 @@ class PostgresServer(Server):
 
     def _prepare(self) -> None:
         self._folder = postgres_folder()
-        self._identity = self._find_identity()
+        self._become_plain_user()
         if self._kept_dir is not None:
             self._prepare_kept_dir(self._kept_dir)
-        if self._identity == "nobody":
-            self._supervised.give(self._supervised.scratch)
         if self._primary is not None:
             self._copy_primary(self._primary)
         elif not (self.data_dir / "PG_VERSION").exists():
             options = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
             self._run("initdb", "-D", self.data_dir, *options)
+
+    def _become_plain_user(self) -> None:
+        identity = self._try_identities()
+        if identity is None:
+            # The programs lie below a directory that only root may enter.
+            self._folder = self._copy_programs()
+            identity = self._try_identities()
+        if identity in (None, "nobody"):
+            self._supervised.give(self._supervised.scratch)
+            identity = self._try_identities()
+        if identity is None:
+            raise ServerError(
+                "PostgreSQL does not run as root, and here root can become no other user: "
+                "start this program as a plain user, or set DATABASE_URL"
+            )
+        self._identity = identity
+
+    def _try_identities(self) -> str | None:
+        return self._find_identity(self._folder / "postgres", "--version")
 
     def _prepare_kept_dir(self, kept: Path) -> None:
         if (kept / "PG_VERSION").exists():
@@ -170,37 +187,14 @@ class PostgresServer(Server):
         options = ("-D", self.data_dir, "--checkpoint=fast", "--no-sync", "--write-recovery-conf")
         self._run("pg_basebackup", *options, *primary._connection_options)
 
-    def _find_identity(self) -> str:
-        """Return who the server is to be: PostgreSQL refuses to run as root.
-
-        Root becomes a plain user in a user namespace, as that needs no other user's rights on our
-        directories; where namespaces are forbidden (as in many containers) another user, by its
-        number. When that one cannot reach the programs, a copy of them is taken.
-        """
-        if os.geteuid() != 0:
-            return "self"
-        for copied in (False, True):
-            if copied:
-                self._folder = self._copy_programs()
-            for identity in ("namespace", "nobody"):
-                self._identity = identity
-                try:
-                    self._run("postgres", "--version")
-                except ServerError as error:
-                    reason = error
-                else:
-                    return identity
-        raise ServerError(f"PostgreSQL cannot be run as root here: {reason}") from reason
-
     def _copy_programs(self) -> Path:
-        """Copy the programs with the libraries that they find by their own place."""
         prefix = self._folder.resolve().parent
         copy = self._supervised.scratch / "copy" / prefix.parent.name / prefix.name
         shutil.copytree(prefix, copy, symlinks=True)
+        # The wheel's programs look for these at their place beside the package.
         libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
         if libraries.is_dir():
             shutil.copytree(libraries, copy.parent.with_name(libraries.name), symlinks=True)
-        self._supervised.give(self._supervised.scratch)
         return copy / self._folder.name
 
     def _run(self, program: str, *arguments: str | Path) -> str:

@@ -6,6 +6,7 @@ What is particular to PostgreSQL or Valkey is in `postgres` and `valkey`.
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import secrets
 import signal
@@ -142,6 +143,21 @@ class Server(abc.ABC):
                 self._end(signal.SIGKILL)
                 return False
         return True
+
+    def _find_identity(self, *probe: str | Path) -> str | None:
+        """Return who a server that refuses root is to be, by running a harmless command of it.
+
+        Root becomes a plain user in a user namespace, as that needs no other user's rights on our
+        directories; where namespaces are forbidden (as in many containers) another user, by its
+        number. None: neither can run the command.
+        """
+        if os.geteuid() != 0:
+            return "self"
+        for identity in ("namespace", "nobody"):
+            with contextlib.suppress(ServerError):
+                self._supervised.run(probe, env=self._environment(), identity=identity)
+                return identity
+        return None
 
     def _environment(self) -> dict[str, str]:
         """Return an environment without what would steer a server from outside."""

@@ -32,8 +32,6 @@ NOBODY = 65534
 STOP_LIMIT = 5.0
 #: Seconds between two looks at a child that is waited for.
 CHILD_PERIOD = 0.01
-#: Seconds between two looks at the further owner, which is not ours to get a signal from.
-OWNER_PERIOD = 0.25
 #: Longest base of a scratch directory; a unix socket's path has 107 bytes at most, 103 on macOS.
 BASE_LIMIT = 60
 #: Characters of a command's output that are worth reporting, from its end.
@@ -60,8 +58,6 @@ class Supervisor:
         self.log = (scratch / "log").open("ab")
         self.server: subprocess.Popen[bytes] | None = None
         self.stop_signal = int(signal.SIGTERM)
-        # A process further up, such as make, that the server must not outlive either.
-        self.further_owner = int(os.environ.get("CONCURRENCY_SAFE_OWNER_PID") or 0)
         # A server that ends by itself leaves no zombie behind.
         signal.signal(signal.SIGCHLD, lambda *_: self.server and self.server.poll())
 
@@ -69,8 +65,7 @@ class Supervisor:
         """Answer the owner's requests until it is gone, which raises OwnerGoneError."""
         self._reply(scratch=str(self.scratch))
         while True:
-            while not self._look_at_owner(OWNER_PERIOD if self.further_owner else None):
-                pass
+            self._look_at_owner(None)
             request = json.loads(self.requests.readline())
             verb = request.pop("do")
             try:
@@ -145,16 +140,11 @@ class Supervisor:
             self._look_at_owner(CHILD_PERIOD)
         return child.returncode
 
-    def _look_at_owner(self, timeout: float | None) -> bool:
+    def _look_at_owner(self, timeout: float | None) -> None:
         """Wait up to `timeout` seconds for a request; raise OwnerGoneError at the owner's end."""
-        speaks = bool(select.select([self.owner], [], [], timeout)[0])
+        speaks, _, _ = select.select([self.owner], [], [], timeout)
         if speaks and not self.owner.recv(1, socket.MSG_PEEK):
             raise OwnerGoneError
-        if self.further_owner and not exists(self.further_owner):
-            # Our owner would now meet a dead server, or serve nobody for ever.
-            os.kill(os.getppid(), signal.SIGTERM)
-            raise OwnerGoneError
-        return speaks
 
     def _reply(self, **values: object) -> None:
         try:
@@ -220,17 +210,6 @@ def end_orphans() -> None:
                 for child in Path(f"/proc/self/task/{pid}/children").read_text().split():
                     os.kill(int(child), signal.SIGKILL)
             time.sleep(CHILD_PERIOD)  # noqa: TID251  a look with a limit
-
-
-def exists(pid: int) -> bool:
-    """Tell whether there is such a process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def remove(scratch: Path) -> None:
