@@ -14,8 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.servers.pgbouncer import FOLDER, library_path, pgbouncer_program
-
+#: Where PgBouncer is unpacked when the system does not have it.
+FOLDER = (
+    Path(os.environ.get("CONCURRENCY_SAFE_SERVERS") or Path(__file__).parents[2] / ".servers")
+    / "pgbouncer"
+).absolute()
 #: Said when there is no other way, after the reason.
 HOW_TO_INSTALL = "apt-get install pgbouncer, or on macOS brew install pgbouncer, brings it"
 #: How often libraries of libraries are looked for. One round is enough on Debian 12.
@@ -38,6 +41,20 @@ def main() -> int:
         return 1 if os.environ.get("CI") else 0
     print(f"fetched PgBouncer into {FOLDER}")
     return 0
+
+
+def pgbouncer_program() -> Path | None:
+    """Return the path of PgBouncer, of the system or fetched; None: there is none."""
+    system = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    fetched = FOLDER / "usr/sbin/pgbouncer"
+    if system:
+        return Path(system)
+    return fetched if fetched.exists() else None
+
+
+def library_path(folder: Path) -> str:
+    """Return the folders of the libraries in `folder`, as LD_LIBRARY_PATH takes them."""
+    return ":".join(sorted({str(library.parent) for library in folder.glob("**/*.so.*")}))
 
 
 def fetch() -> None:

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import struct
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from concurrency_safe.testing import ServerError
 from concurrency_safe.testing.server import Server
+from tests.servers.fetch import FOLDER, library_path, pgbouncer_program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from concurrency_safe.testing import PostgresServer
 
-#: Where `tests.servers.fetch` unpacks it when the system does not have it.
-FOLDER = (
-    Path(os.environ.get("CONCURRENCY_SAFE_SERVERS") or Path(__file__).parents[2] / ".servers")
-    / "pgbouncer"
-).absolute()
 #: Asks a server for TLS: eight bytes that every one answers with one, before anything else.
 #: https://www.postgresql.org/docs/current/protocol-message-formats.html
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
-
-
-def pgbouncer_program() -> Path | None:
-    """Return the path of PgBouncer, of the system or fetched; None: there is none."""
-    system = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-    fetched = FOLDER / "usr/sbin/pgbouncer"
-    if system:
-        return Path(system)
-    return fetched if fetched.exists() else None
-
-
-def library_path(folder: Path) -> str:
-    """Return the folders of the libraries in `folder`, as LD_LIBRARY_PATH takes them."""
-    return ":".join(sorted({str(library.parent) for library in folder.glob("**/*.so.*")}))
 
 
 class PgBouncer(Server):
