@@ -109,17 +109,16 @@ class PostgresServer(Server):
         self.start()
 
     def standby(self, settings: Mapping[str, str] | None = None) -> PostgresServer:
-        """Return a hot standby that streams from this server, not yet started.
+        """Start a hot standby that streams from this server, and return it.
 
         It answers reading queries, and `pg_is_in_recovery()` with true, until `promote()`.
 
         Args:
             settings: settings of the standby, over those of this server.
         """
-        self._supervised  # noqa: B018  raises when this server is not started
         standby = PostgresServer({**self.settings, **(settings or {})})
         standby._primary = self
-        return standby
+        return standby.start()
 
     def promote(self) -> None:
         """Make a standby a primary, and return when it takes writes."""

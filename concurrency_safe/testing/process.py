@@ -5,7 +5,6 @@ The other end is `supervisor`; what a server is, knows `server`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -40,6 +39,8 @@ class SupervisedProcess:
     def __init__(self, name: str) -> None:
         self._owner_pid = os.getpid()
         self._mutex = threading.Lock()
+        self._asked = 0
+        self._received = b""
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -51,9 +52,8 @@ class SupervisedProcess:
                 # Ctrl-C in a terminal is for us; we then stop the server in our own order.
                 start_new_session=True,
             )
-        self._replies = self._socket.makefile("rb")
         _ours.add(self)
-        self.scratch = Path(self._read()["scratch"])
+        self.scratch = Path(self._ask("scratch")["path"])
 
     @property
     def log(self) -> Path:
@@ -104,7 +104,6 @@ class SupervisedProcess:
         """End the server, remove the scratch directory, and wait until that is done."""
         if os.getpid() != self._owner_pid:
             return
-        self._replies.close()
         self._socket.close()
         self._process.wait()
 
@@ -115,22 +114,34 @@ class SupervisedProcess:
                 f"process {os.getpid()} can use it, but not control it"
             )
         with self._mutex:
-            with contextlib.suppress(BrokenPipeError):
-                self._socket.sendall(json.dumps({"do": verb, **values}).encode() + b"\n")
-            return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = self._replies.readline()
-        if not line:
-            raise ServerError("the server's supervisor has ended, and the server with it")
-        reply: dict[str, Any] = json.loads(line)
+            self._asked += 1
+            request = {"number": self._asked, "do": verb, **values}
+            try:
+                self._socket.sendall(json.dumps(request).encode() + b"\n")
+                reply = self._read()
+                # An exception (Ctrl-C) may have kept us from reading what an earlier one returned.
+                while reply["number"] != self._asked:
+                    reply = self._read()
+            except (OSError, EOFError) as error:
+                raise ServerError(
+                    "the server's supervisor has ended, and the server too"
+                ) from error
         if "error" in reply:
             raise ServerError(reply["error"])
         return reply
 
+    def _read(self) -> dict[str, Any]:
+        while b"\n" not in self._received:
+            chunk = self._socket.recv(65536)
+            if not chunk:
+                raise EOFError
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
     def forget(self) -> None:
         """Let go of a server that belongs to the process that we were forked from."""
-        self._replies.close()
         self._socket.close()
         # Not our child in this process, so neither to be waited for nor worth a ResourceWarning.
         self._process.returncode = 0

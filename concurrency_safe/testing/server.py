@@ -42,7 +42,6 @@ class Server(abc.ABC):
     _identity: str = "self"
 
     def __init__(self, port: int | None = None) -> None:
-        self._fixed_port = port
         self._process: SupervisedProcess | None = None
         self.port = port or 0
         self.pid = 0
@@ -116,7 +115,8 @@ class Server(abc.ABC):
             )
 
     def _launch(self) -> None:
-        """Start the process, on another port when someone took ours in between."""
+        """Start the process; at first, on another port when somebody takes ours in between."""
+        chooses_port = not self.port
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             self.port = self.port or free_port()
             offset = self.log.stat().st_size
@@ -129,7 +129,8 @@ class Server(abc.ABC):
             if self._wait_until_ready():
                 return
             output = self.log.read_bytes()[offset:].decode(errors="replace")
-            if "in use" not in output or self._fixed_port or not attempts_left:
+            taken = "Address already in use" in output
+            if not (chooses_port and taken and attempts_left):
                 tail = "\n".join(output.splitlines()[-LOG_LINES:])
                 raise ServerError(f"the {self._name} server did not start:\n{tail}")
             self.port = 0

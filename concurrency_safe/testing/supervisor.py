@@ -53,7 +53,6 @@ class Supervisor:
 
     def __init__(self, owner: socket.socket, scratch: Path) -> None:
         self.owner = owner
-        self.requests = owner.makefile("rb")
         self.scratch = scratch
         self.log = (scratch / "log").open("ab")
         self.server: subprocess.Popen[bytes] | None = None
@@ -63,15 +62,13 @@ class Supervisor:
 
     def serve(self) -> NoReturn:
         """Answer the owner's requests until it is gone, which raises OwnerGoneError."""
-        self._reply(scratch=str(self.scratch))
+        received = b""
         while True:
             self._look_at_owner(None)
-            request = json.loads(self.requests.readline())
-            verb = request.pop("do")
-            try:
-                self._reply(**getattr(self, f"do_{verb}")(**request))
-            except (OSError, subprocess.SubprocessError) as error:
-                self._reply(error=f"{type(error).__name__}: {error}")
+            received += self.owner.recv(65536)
+            *lines, received = received.split(b"\n")
+            for line in lines:
+                self._answer(**json.loads(line))
 
     def close(self) -> None:
         """End the server, if need be by force, and remove the scratch directory."""
@@ -82,7 +79,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 self.server.kill()
                 self.server.wait()
-            end_orphans()
+        end_orphans()
         remove(self.scratch)
 
     # Requests
@@ -130,6 +127,20 @@ class Supervisor:
                 os.chown(Path(folder, name), NOBODY, NOBODY, follow_symlinks=False)
         return {}
 
+    def do_scratch(self) -> dict[str, Any]:
+        """Say where the scratch directory is."""
+        return {"path": str(self.scratch)}
+
+    def _answer(self, number: int, do: str, **arguments: object) -> None:
+        try:
+            reply = getattr(self, f"do_{do}")(**arguments)
+        except (OSError, subprocess.SubprocessError) as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            self.owner.sendall(json.dumps({"number": number, **reply}).encode() + b"\n")
+        except OSError as error:
+            raise OwnerGoneError from error
+
     # Waiting
 
     def _wait(self, child: subprocess.Popen[bytes], timeout: float) -> int | None:
@@ -145,12 +156,6 @@ class Supervisor:
         speaks, _, _ = select.select([self.owner], [], [], timeout)
         if speaks and not self.owner.recv(1, socket.MSG_PEEK):
             raise OwnerGoneError
-
-    def _reply(self, **values: object) -> None:
-        try:
-            self.owner.sendall(json.dumps(values).encode() + b"\n")
-        except OSError as error:
-            raise OwnerGoneError from error
 
 
 def popen(

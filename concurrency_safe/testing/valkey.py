@@ -56,7 +56,8 @@ class ValkeyServer(Server):
     def _is_ready(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")
+                connection.sendall(b"INFO server\r\n")
+                # Its pid: another server may have taken the port just before ours.
+                return f"process_id:{self.pid}\r\n".encode() in connection.recv(65536)
         except OSError:
             return False

@@ -1,0 +1,48 @@
+"""What a rule waits for: the vocabulary between the rules (generators) and the loops that drive them.
+
+A rule never blocks. It yields a wait, and is sent True when what it waits for is there, or False when `until`
+has passed. One short loop drives it for threads (`postgres.waiting`); another can drive it for asyncio.
+Only types live here; whoever really waits lives in the layers above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+
+#: What a socket should become, as bits.
+READ = 1
+WRITE = 2
+
+
+class Gate(Protocol):
+    """A door that one waiter stands at, inside this process."""
+
+    def open(self) -> None:
+        """Let the waiter through; opening twice is the same as once."""
+
+    def wait(self, timeout: float) -> bool:
+        """Block the running thread up to `timeout` seconds; True when the gate was opened."""
+
+
+class SocketWait(NamedTuple):
+    """Wait until the socket `fd` is readable or writable, or until the monotonic time `until` (None: for ever)."""
+
+    fd: int
+    events: int
+    until: float | None
+
+
+class GateWait(NamedTuple):
+    """Wait until `gate` is opened, or until the monotonic time `until` (None: for ever)."""
+
+    gate: Gate
+    until: float | None
+
+
+Wait: TypeAlias = SocketWait | GateWait
+
+_T = TypeVar("_T")
+
+#: A rule under way: yields what it waits for, is sent whether it came, returns its result.
+Steps: TypeAlias = Generator[Wait, bool, _T]

@@ -1,0 +1,233 @@
+"""`Guard`: a key template, lock options and a conflict policy, with one verb: run.
+
+This is the one place where a conflict policy is matched. The decorator, a view, a task, an actor and a cron command are
+five ways to build the call; what *retry* and *skip* mean to a framework, its adapter says by `Verbs`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from functools import lru_cache, update_wrapper
+from typing import Any, ParamSpec, TypeVar, cast
+
+from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
+from concurrency_safe.core.options import UNSET, LockOptions
+from concurrency_safe.core.policies import Call, ConflictPolicy, Raise, Retry, Skip, resolve_policy
+from concurrency_safe.core.templates import KeyTemplate
+from concurrency_safe.locks import Lock
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MISSING: Any = object()
+
+_FORMS = (
+    '@concurrency_safe(key="stock:{sku}"), @concurrency_safe(key=("stock", "{sku}")), '
+    "@concurrency_safe(key=lambda request, sku: ...) or @concurrency_safe(key=True) for the function's name and all its arguments"
+)
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """What a framework does where a policy leaves that to it; each returns the call's result, or raises.
+
+    `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back.
+    """
+
+    retry: Callable[[Retry, LockAcquireTimeout | LockUnavailable], Any]
+    skip: Callable[[Skip, LockAcquireTimeout], Any]
+
+
+def _cannot_retry(policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:  # noqa: ARG001 - see Verbs
+    raise error
+
+
+def _skip(policy: Skip, conflict: LockAcquireTimeout) -> Any:  # noqa: ARG001 - see Verbs
+    return policy.result
+
+
+#: For a call that no queue stands behind.
+DIRECT = Verbs(retry=_cannot_retry, skip=_skip)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """How a call is guarded: which key, with which options, and what happens on a conflict.
+
+    `key` is a template ("stock:{sku}"), a tuple of parts, a callable that gets the call's arguments, or True (the
+    function's name and all its arguments). `on_conflict`: "raise", "skip", a callable that gets the call's arguments
+    and whose result is the call's, or a policy value. The other options are those of `lock()`.
+
+    Raises: ConfigurationError: an option is bad.
+    """
+
+    key: Any
+    _: KW_ONLY
+    timeout: Any = UNSET
+    on_conflict: Any = "raise"
+    shared: bool = False
+    slots: int = 1
+    scope: str = "auto"
+    using: str | None = None
+    backend: object | None = None
+    max_waiters: int | None = None
+    options: LockOptions = field(init=False, repr=False, compare=False)
+    policy: ConflictPolicy = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the options once; past this line nobody does."""
+        options = LockOptions(
+            timeout=self.timeout,
+            shared=self.shared,
+            slots=self.slots,
+            scope=self.scope,
+            using=self.using,
+            backend=self.backend,
+            max_waiters=self.max_waiters,
+        )
+        object.__setattr__(self, "options", options)
+        object.__setattr__(self, "policy", resolve_policy(self.on_conflict))
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Decorate `fn`: every call of it is guarded.
+
+        Raises: ConfigurationError: `fn` can't be guarded so. KeyTemplateError: the key names what `fn` doesn't take.
+        """
+        _refuse_unguardable(fn)
+        if isinstance(self.policy, Retry):
+            raise ConfigurationError(
+                f"{_name(fn)}: on_conflict='retry' needs a queue to go back to; use it on a task "
+                "(concurrency_safe.contrib.celery, concurrency_safe.contrib.dramatiq), or 'raise', 'skip' or a callable here"
+            )
+        template = KeyTemplate(self.key, fn)
+
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            return cast("R", self.run_as(template, fn, args, kwargs, DIRECT))
+
+        update_wrapper(guarded, fn)
+        guarded.guard = self  # type: ignore[attr-defined]  # a function's own attribute
+        return guarded
+
+    def run(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call `fn` guarded, once.
+
+        Raises: LockAcquireTimeout: by the policy Raise (and Retry: nothing stands behind this call). LockUnavailable,
+            LockInTransaction, KeyTemplateError: `fn` did not run. LockLost: it ran, and the lock went away meanwhile.
+        """
+        return cast("R", self.run_as(_template(self.key, fn), fn, args, kwargs, DIRECT))
+
+    def lock(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Lock:
+        """Give the lock that the call `fn(*args, **kwargs)` would take."""
+        return Lock((_template(self.key, fn).render(args, kwargs),), self.options)
+
+    def run_as(
+        self,
+        template: KeyTemplate,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verbs: Verbs,
+    ) -> Any:
+        """Call `fn` guarded, for an adapter: `template` is the key's for `fn`, `verbs` what the framework does."""
+        lock = Lock((template.render(args, kwargs),), self.options)
+        try:
+            with lock:
+                return fn(*args, **kwargs)
+        except (LockAcquireTimeout, LockUnavailable) as error:
+            # By identity: a conflict of another lock, inside the body, is the body's own error.
+            if error is not lock.failure:
+                raise
+            return self._resolve(error, args, kwargs, verbs)
+
+    def _resolve(
+        self, error: LockAcquireTimeout | LockUnavailable, args: tuple[Any, ...], kwargs: Mapping[str, Any], verbs: Verbs
+    ) -> Any:
+        """Do what the policy says about a lock that was not acquired."""
+        policy = self.policy
+        if isinstance(policy, Retry):
+            return verbs.retry(policy, error)
+        if isinstance(error, LockUnavailable):
+            raise error
+        match policy:
+            case Raise():
+                raise error
+            case Skip():
+                return verbs.skip(policy, error)
+            case Call(handler, pass_conflict):
+                return handler(error, *args, **kwargs) if pass_conflict else handler(*args, **kwargs)
+
+
+def concurrency_safe(
+    positional_key: Any = _MISSING,
+    /,
+    *,
+    key: Any = _MISSING,
+    timeout: Any = UNSET,
+    on_conflict: Any = "raise",
+    shared: bool = False,
+    slots: int = 1,
+    scope: str = "auto",
+    using: str | None = None,
+    backend: object | None = None,
+    max_waiters: int | None = None,
+) -> Guard:
+    """Let no two calls with the same key run at once, in any process on the database.
+
+        @concurrency_safe(key="withdraw:user:{user_id}")
+        def withdraw(user_id, amount): ...
+
+    `key`: see `Guard`; its fields are the function's arguments, checked now. `timeout`: seconds to wait; 0 tries once;
+    None waits for ever; default: the setting TIMEOUT. `on_conflict`: see `Guard`. The others are those of `lock()`.
+
+    Raises: ConfigurationError, KeyTemplateError: at decoration. By the call: what `Guard.run` raises.
+    """
+    if positional_key is not _MISSING and key is not _MISSING:
+        raise ConfigurationError("@concurrency_safe got two keys, one by position and one by name; give one")
+    bare = callable(positional_key) and getattr(positional_key, "__name__", "") != "<lambda>"
+    if bare or (positional_key is _MISSING and key is _MISSING):
+        raise ConfigurationError(f"@concurrency_safe needs a key: {_FORMS}")
+    return Guard(
+        key if positional_key is _MISSING else positional_key,
+        timeout=timeout,
+        on_conflict=on_conflict,
+        shared=shared,
+        slots=slots,
+        scope=scope,
+        using=using,
+        backend=backend,
+        max_waiters=max_waiters,
+    )
+
+
+@lru_cache(maxsize=512)
+def _template(key: Any, fn: Callable[..., Any]) -> KeyTemplate:
+    """Build the template for `Guard.run`, which gets its function anew at each call."""
+    _refuse_unguardable(fn)
+    return KeyTemplate(key, fn)
+
+
+def _name(fn: object) -> str:
+    return getattr(fn, "__qualname__", None) or repr(fn)
+
+
+def _refuse_unguardable(fn: Any) -> None:
+    """Refuse what returns before its body has run: the lock would be released before the work.
+
+    Raises: ConfigurationError.
+    """
+    if inspect.iscoroutinefunction(fn):
+        raise ConfigurationError(
+            f"{_name(fn)} is `async def`, which this release can't guard: its body would run after the lock's release; "
+            "guard a plain function and call it by asgiref.sync.sync_to_async"
+        )
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise ConfigurationError(
+            f"{_name(fn)} is a generator function: its body runs after the lock's release; "
+            "use `with lock(...)` inside it, or guard the function that consumes it"
+        )
+    if inspect.isclass(fn) or not callable(fn):
+        raise ConfigurationError(
+            f"{_name(fn)} is not a function; guard its methods, in a class-based view by method_decorator"
+        )

@@ -1,0 +1,53 @@
+"""Who hears what happens to locks. Called by `locks` only; a listener can neither change nor break a lock.
+
+A conflict is everyday business: one line at INFO. A lost lock is an ERROR.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from concurrency_safe.core.events import Hook, LockEvent
+
+logger = logging.getLogger("concurrency_safe")
+
+
+def log_event(event: LockEvent) -> None:
+    """Write conflicts and losses to the logger `concurrency_safe`, with the event's fields in `extra`."""
+    extra = {"lock_event": event.kind, "lock_keys": event.keys, "lock_holder": event.holder}
+    if event.kind == "conflicted":
+        logger.info(
+            "lock %s is taken (%s)", ", ".join(map(repr, event.keys)), event.holder or "holder unknown", extra=extra
+        )
+    elif event.kind == "lost":
+        logger.error("lock %s was lost while it was held", ", ".join(map(repr, event.keys)), extra=extra)
+
+
+_hooks: tuple[Hook, ...] = ()
+
+
+def add_hook(hook: Hook) -> None:
+    """Let `hook` hear every event from now on, in this process. What it raises is logged, and goes no further."""
+    global _hooks  # noqa: PLW0603 - one list a process, replaced as a whole
+    _hooks = (*_hooks, hook)
+
+
+def remove_hook(hook: Hook) -> None:
+    """Let `hook` hear no more."""
+    global _hooks  # noqa: PLW0603 - see add_hook
+    _hooks = tuple(other for other in _hooks if other is not hook)
+
+
+def emit(event: LockEvent) -> None:
+    """Tell everybody who listens."""
+    log_event(event)
+    for hook in _hooks:
+        try:
+            hook(event)
+        except Exception:
+            logger.exception("the hook %r failed on %r", hook, event.kind)
+
+
+def hooked() -> bool:
+    """Say whether anybody but the log listens: the log hears of conflicts and losses only."""
+    return bool(_hooks)

@@ -1,0 +1,64 @@
+"""The few sessions of one process and one database: opened when needed, kept while they are used.
+
+A session in the pool holds nothing. One that is lent belongs to its borrower alone; whoever can't prove that it is
+clean ends it (`LockSession.discard`) instead of returning it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+
+from .session import LockSession
+
+
+class SessionPool:
+    """Idle sessions, the most recently used first."""
+
+    def __init__(self, size: int, max_idle: float) -> None:
+        """Keep at most `size` idle sessions, each for at most `max_idle` seconds."""
+        self._size = size
+        self._max_idle = max_idle
+        self._idle: deque[LockSession] = deque()
+        self._pid = os.getpid()
+
+    def checkout(self) -> LockSession | None:
+        """Lend an idle session, or None: open one then."""
+        self._forget_after_fork()
+        self.prune()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def checkin(self, session: LockSession) -> None:
+        """Take back a session that holds nothing."""
+        self._forget_after_fork()
+        session.idle_since = time.monotonic()
+        self._idle.append(session)
+        self.prune()
+
+    def prune(self) -> None:
+        """End the sessions that are too many, or idle for too long."""
+        oldest = time.monotonic() - self._max_idle
+        while self._idle and (len(self._idle) > self._size or self._idle[0].idle_since < oldest):
+            try:
+                session = self._idle.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            session.discard()
+
+    def close(self) -> None:
+        """End every idle session."""
+        while self._idle:
+            try:
+                self._idle.popleft().discard()
+            except IndexError:
+                return
+
+    def _forget_after_fork(self) -> None:
+        if self._pid != os.getpid():
+            # The sockets are closed already (session._drop_in_child); what is left here are names.
+            self._idle.clear()
+            self._pid = os.getpid()

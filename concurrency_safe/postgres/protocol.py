@@ -1,0 +1,203 @@
+"""The conversation with PostgreSQL, as rules: which statement, in which order, and what each answer means.
+
+Each rule is a generator that yields the socket waits (see `core.steps`); nothing here blocks, and nothing here knows
+threads or asyncio. Raw libpq, since psycopg's own wait can't be left by a signal handler's exception without an
+abandoned statement that is granted the lock later, and costs twice the time.
+Source: https://www.postgresql.org/docs/current/libpq-async.html
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from psycopg import OperationalError, pq
+from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
+
+from concurrency_safe.core.steps import READ, WRITE, SocketWait, Steps
+
+from . import sql
+from .sql import Statement
+
+#: Seconds that a server may keep silent about a statement that doesn't wait for a lock. Longer than any pause of a
+#: healthy server, shorter than a person's patience.
+STALL = 10.0
+
+#: Seconds past `lock_timeout` by which the server must have ended the wait; after them the client ends it.
+GRACE = 1.0
+
+_OK = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
+
+
+class ServerGoneError(Exception):
+    """The server can't be reached, closed the connection, or keeps silent: the session is of no more use."""
+
+
+class ServerRefusedError(Exception):
+    """The server answered a statement with an error; `sqlstate` says which."""
+
+    def __init__(self, sqlstate: str, message: str) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
+    """Open a connection by the monotonic time `until`.
+
+    Raises: ServerGoneError.
+    """
+    pgconn = pq.PGconn.connect_start(conninfo)
+    try:
+        while True:
+            status = pgconn.connect_poll() if pgconn.status != pq.ConnStatus.BAD else pq.PollingStatus.FAILED
+            if status == pq.PollingStatus.OK:
+                pgconn.nonblocking = 1
+                return pgconn
+            if status == pq.PollingStatus.FAILED:
+                raise ServerGoneError(pgconn.get_error_message())
+            events = READ if status == pq.PollingStatus.READING else WRITE
+            if not (yield SocketWait(pgconn.socket, events, until)):
+                raise ServerGoneError("the server did not answer the connection attempt in time")
+    except BaseException:
+        pgconn.finish()
+        raise
+
+
+def execute(
+    pgconn: PGconn,
+    prepared: set[bytes],
+    statement: Statement,
+    params: Sequence[bytes] = (),
+    until: float | None = None,
+) -> Steps[PGresult]:
+    """Run a prepared statement; prepare it first, when `prepared` says that this session hasn't yet.
+
+    `until`: the monotonic time by which the answer must be there; None: `STALL` seconds from now.
+
+    Raises: ServerRefusedError, ServerGoneError.
+    """
+    if until is None:
+        until = time.monotonic() + STALL
+    try:
+        if statement.name not in prepared:
+            pgconn.send_prepare(statement.name, statement.text)
+            yield from answer(pgconn, until)
+            prepared.add(statement.name)
+        pgconn.send_query_prepared(statement.name, params)
+        return (yield from answer(pgconn, until))
+    except OperationalError as error:
+        raise ServerGoneError(str(error)) from error
+
+
+def query(pgconn: PGconn, text: bytes, until: float | None = None) -> Steps[PGresult]:
+    """Run `text` by the simple protocol: for statements that a session sends once.
+
+    Raises: ServerRefusedError, ServerGoneError.
+    """
+    try:
+        pgconn.send_query(text)
+        return (yield from answer(pgconn, time.monotonic() + STALL if until is None else until))
+    except OperationalError as error:
+        raise ServerGoneError(str(error)) from error
+
+
+def answer(pgconn: PGconn, until: float) -> Steps[PGresult]:
+    """Send what is buffered, then read the last result of the statement under way.
+
+    Raises: ServerRefusedError, ServerGoneError.
+    """
+    flushing = SocketWait(pgconn.socket, READ | WRITE, until)
+    while pgconn.flush():
+        if not (yield flushing):
+            raise ServerGoneError("the server did not read the statement in time")
+        pgconn.consume_input()
+    reading = SocketWait(pgconn.socket, READ, until)
+    last = None
+    while True:
+        if not (yield reading):
+            raise ServerGoneError("the server did not answer in time")
+        pgconn.consume_input()
+        while not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                return _checked(pgconn, last)
+            last = result
+
+
+def _checked(pgconn: PGconn, result: PGresult | None) -> PGresult:
+    if result is not None and result.status in _OK:
+        return result
+    sqlstate = result.error_field(pq.DiagnosticField.SQLSTATE) if result is not None else None
+    if sqlstate is None or pgconn.status == pq.ConnStatus.BAD:
+        raise ServerGoneError(pgconn.get_error_message())
+    message = (result and result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY)) or b""
+    raise ServerRefusedError(sqlstate.decode(), message.decode(errors="replace"))
+
+
+def try_acquire(pgconn: PGconn, prepared: set[bytes], number: bytes, name: bytes | None) -> Steps[bool]:
+    """Take the lock `number` (an int64 in decimal) if nobody holds it or waits for it: one round trip, never waits.
+
+    `name`: what the session's application_name becomes; None leaves it.
+
+    Raises: ServerRefusedError, ServerGoneError.
+    """
+    if name is None:
+        result = yield from execute(pgconn, prepared, sql.TRY, (number,))
+    else:
+        result = yield from execute(pgconn, prepared, sql.TRY_NAMED, (number, name))
+    return result.get_value(0, 0) == b"t"
+
+
+def wait_acquire(
+    pgconn: PGconn, prepared: set[bytes], number: bytes, deadline: float | None, max_block: float
+) -> Steps[bool]:
+    """Wait for the lock `number` until the monotonic time `deadline` (None: for ever); the session must hold nothing.
+
+    The server waits, up to `max_block` seconds a piece: a waiter pins the oldest visible row version, which stops
+    VACUUM and CREATE INDEX CONCURRENTLY, so it must not block without end. Between two pieces it loses its place.
+
+    Returns: True when it is ours; False when others kept it, and the session holds nothing then.
+    Raises: ServerRefusedError, ServerGoneError: what the session holds is unknown then; close it.
+    """
+    while (piece := max_block if deadline is None else min(deadline - time.monotonic(), max_block)) > 0:
+        # At least 1 ms: lock_timeout 0 would mean no timeout.
+        params = (number, str(max(1, round(piece * 1000))).encode())
+        try:
+            yield from execute(pgconn, prepared, sql.WAIT, params, time.monotonic() + piece + GRACE)
+        except ServerRefusedError as refused:
+            if refused.sqlstate != sql.LOCK_NOT_AVAILABLE:
+                raise
+            yield from execute(pgconn, prepared, sql.RELEASE_ALL)
+        else:
+            return True
+    return False
+
+
+def release(pgconn: PGconn, prepared: set[bytes], number: bytes) -> Steps[bool]:
+    """Release the lock `number`.
+
+    Returns: False when the session did not hold it (the server wrote a warning).
+    Raises: ServerRefusedError, ServerGoneError.
+    """
+    result = yield from execute(pgconn, prepared, sql.RELEASE, (number,))
+    return result.get_value(0, 0) == b"t"
+
+
+def cancel(pgconn: PGconn, until: float) -> Steps[None]:
+    """Ask the server to end the statement under way; it needs libpq 17, older ones block (see `Session.discard`).
+
+    Raises: ServerGoneError.
+    """
+    canceling: PGcancelConn = pgconn.cancel_conn()
+    try:
+        canceling.start()
+        while (status := canceling.poll()) != pq.PollingStatus.OK:
+            if status == pq.PollingStatus.FAILED:
+                raise ServerGoneError(canceling.get_error_message())
+            events = READ if status == pq.PollingStatus.READING else WRITE
+            if not (yield SocketWait(canceling.socket, events, until)):
+                raise ServerGoneError("the server did not answer the cancel request in time")
+    except OperationalError as error:
+        raise ServerGoneError(str(error)) from error
+    finally:
+        canceling.finish()

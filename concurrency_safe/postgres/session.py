@@ -1,0 +1,222 @@
+"""One private connection of the library: opening it, proving what it is, ending it.
+
+A session is never shared with Django or with the body of a guarded block, so nothing that they do (close, roll back,
+return to a pool) can lose or leak a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Mapping
+
+from psycopg import OperationalError, ProgrammingError, conninfo, pq
+from psycopg.pq.abc import PGconn, PGresult
+
+from concurrency_safe.core.errors import ConfigurationError, LockUnavailable
+from concurrency_safe.core.steps import READ, Steps
+
+from . import protocol, sql
+from .waiting import drive, wait_socket
+
+#: Seconds for opening a connection, where the DSN says nothing (libpq's connect_timeout).
+CONNECT_TIMEOUT = 10.0
+
+#: Seconds that ending an interrupted statement may take, so that an interrupt surfaces within 250 ms.
+CANCEL_TIMEOUT = 0.1
+
+#: What libpq gets where the DSN says nothing: a silent cut is found within 30 s also by an idle client.
+#: Source: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+CONNECTION_DEFAULTS: Mapping[str, str] = {
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",
+}
+
+#: Oldest server that is supported, as libpq numbers it.
+OLDEST_SERVER = 130000
+
+_sessions: weakref.WeakSet[LockSession] = weakref.WeakSet()
+
+
+class LockSession:
+    """A connection in autocommit mode that holds at most one lock, or waits for it."""
+
+    __slots__ = ("__weakref__", "idle_since", "name", "pgconn", "pid", "prepared")
+
+    def __init__(self, pgconn: PGconn, pid: int) -> None:
+        """Take over `pgconn`; `pid` is the server process behind it."""
+        self.pgconn = pgconn
+        self.pid = pid
+        self.prepared: set[bytes] = set()
+        self.idle_since = 0.0
+        #: The application_name that was set last; None: unknown, so the next user sets it.
+        self.name: str | None = None
+        _sessions.add(self)
+
+    def try_acquire(self, number: bytes, name: str) -> Steps[bool]:
+        """See `protocol.try_acquire`; the name is sent only when it is another than the session's."""
+        if self.name == name:
+            return (yield from protocol.try_acquire(self.pgconn, self.prepared, number, None))
+        self.name = None
+        acquired = yield from protocol.try_acquire(self.pgconn, self.prepared, number, name.encode())
+        self.name = name
+        return acquired
+
+    def wait_acquire(self, number: bytes, deadline: float | None, max_block: float) -> Steps[bool]:
+        """See `protocol.wait_acquire`."""
+        return protocol.wait_acquire(self.pgconn, self.prepared, number, deadline, max_block)
+
+    def release(self, number: bytes) -> Steps[bool]:
+        """See `protocol.release`."""
+        return protocol.release(self.pgconn, self.prepared, number)
+
+    def holders(self, number: bytes) -> Steps[PGresult]:
+        """Ask who holds `number`: rows of backend pid, application_name, client address."""
+        return protocol.execute(self.pgconn, self.prepared, sql.HOLDERS, (number,))
+
+    def is_dead(self) -> bool:
+        """Say, without a query, whether the server has closed this idle session."""
+        if self.pgconn.status != pq.ConnStatus.OK:
+            return True
+        # A terminated backend sends its error first, the end of file comes behind it: read until nothing is left.
+        while wait_socket(self.pgconn.socket, READ, 0):
+            try:
+                self.pgconn.consume_input()
+                self.pgconn.is_busy()  # parses what came: a notice, a changed parameter, a farewell
+            except OperationalError:
+                return True
+            if self.pgconn.status != pq.ConnStatus.OK:
+                return True
+        return False
+
+    def discard(self) -> None:
+        """End the session whatever it is doing: the server drops its wait, then its locks. Raises no error."""
+        try:
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                # A backend that blocks doesn't see that its client is gone: it would stay in the queue.
+                cancel_statement(self.pgconn)
+        finally:
+            self.pgconn.finish()
+
+
+def cancel_statement(pgconn: PGconn) -> None:
+    """Ask the server to end the statement under way, for at most `CANCEL_TIMEOUT` seconds; a failure is no error."""
+    with contextlib.suppress(protocol.ServerGoneError, OperationalError):
+        if pq.version() >= 170000 and hasattr(pgconn, "cancel_conn"):
+            drive(protocol.cancel(pgconn, time.monotonic() + CANCEL_TIMEOUT))
+        else:  # pragma: no cover - libpq before 17 has the blocking form only
+            pgconn.get_cancel().cancel()
+
+
+def complete_conninfo(dsn: str) -> str:
+    """Give `dsn` with the library's defaults for what it leaves open.
+
+    Raises: ConfigurationError: libpq can't read it. The text is not repeated, since it may hold a password.
+    """
+    try:
+        given = conninfo.conninfo_to_dict(dsn)
+    except ProgrammingError as error:
+        raise ConfigurationError(f"the DSN of the lock store can't be read: {str(error).strip()}") from None
+    defaults = CONNECTION_DEFAULTS
+    return conninfo.make_conninfo(dsn, **{key: value for key, value in defaults.items() if key not in given})
+
+
+def open_session(info: str) -> Steps[LockSession]:
+    """Connect, set the session up, and prove that its locks will hold.
+
+    Raises: LockUnavailable: no server, or one that can't be used now (a standby). ConfigurationError: a server, or a
+        pooler before it, on which session locks can't work.
+    """
+    try:
+        pgconn = yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info))
+    except protocol.ServerGoneError as error:
+        raise LockUnavailable(f"the lock store can't be reached: {str(error).strip()}") from error
+    try:
+        pid = yield from _set_up(pgconn)
+        if pid != pgconn.backend_pid:
+            yield from _refuse_transaction_pooling(info, pgconn, pid)
+    except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
+        pgconn.finish()
+        raise LockUnavailable(f"the lock store refused a new session: {str(error).strip()}") from error
+    except BaseException:
+        pgconn.finish()
+        raise
+    return LockSession(pgconn, pid)
+
+
+def _connect_timeout(info: str) -> float:
+    given = conninfo.conninfo_to_dict(info).get("connect_timeout")
+    return float(given) if given and float(given) > 0 else CONNECT_TIMEOUT
+
+
+def _set_up(pgconn: PGconn) -> Steps[int]:
+    """Send the session's settings; return the pid of the server process."""
+    version = pgconn.server_version
+    try:
+        row = yield from protocol.query(pgconn, sql.session_setup(version))
+    except protocol.ServerRefusedError as refused:
+        if refused.sqlstate != sql.INVALID_PARAMETER:
+            raise
+        row = yield from protocol.query(pgconn, sql.session_setup(version, check_interval=False))
+    product = (row.get_value(0, 2) or b"").decode(errors="replace")
+    refuse_impostor(product, version)
+    if row.get_value(0, 1) == b"t":
+        raise LockUnavailable(
+            "the lock store is a standby (in recovery): it grants locks that the primary does not know; "
+            "point the DSN at the primary, or add target_session_attrs=read-write to it"
+        )
+    return int(row.get_value(0, 0) or 0)
+
+
+def refuse_impostor(product: str, version: int) -> None:
+    """Refuse a server that speaks PostgreSQL's protocol, but whose advisory locks do nothing.
+
+    Raises: ConfigurationError.
+    """
+    if not product.startswith("PostgreSQL") or "Redshift" in product:
+        raise ConfigurationError(
+            f"the lock store is {product!r}; its advisory locks do not exclude: use PostgreSQL 13 or later"
+        )
+    if version < OLDEST_SERVER:
+        raise ConfigurationError(
+            f"the lock store is PostgreSQL {version // 10000}; at least 13 is needed"
+        )
+
+
+def _refuse_transaction_pooling(info: str, pgconn: PGconn, pid: int) -> Steps[None]:
+    """Find out what the pooler in between does: only one that keeps a server process per client is safe.
+
+    The pid of the protocol is the pooler's own here. While our client is idle, a pooler in transaction mode lends its
+    server process to the next one: ask a second client, in a transaction, for its pid.
+    """
+    other = yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info))
+    try:
+        row = yield from protocol.query(other, b"SELECT pg_backend_pid()")
+        again = yield from protocol.query(pgconn, b"SELECT pg_backend_pid()")
+    finally:
+        other.finish()
+    if int(row.get_value(0, 0) or 0) == pid or int(again.get_value(0, 0) or 0) != pid:
+        raise ConfigurationError(
+            "a pooler in transaction mode (PgBouncer or the like) stands before the lock store: session locks would be "
+            "shared and lost there; give the library a direct connection (CONCURRENCY_SAFE = {'DSN': 'postgresql://...'}), "
+            "or a pool in session mode"
+        )
+
+
+def _drop_in_child() -> None:
+    """Close the parent's sockets in a forked child, without a word to the server.
+
+    A polite farewell would end the parent's session; an open copy would keep its locks alive after its death.
+    """
+    for session in list(_sessions):
+        with contextlib.suppress(OSError, OperationalError):
+            os.close(session.pgconn.socket)
+    _sessions.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_in_child)

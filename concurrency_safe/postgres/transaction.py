@@ -1,0 +1,154 @@
+"""Transaction scope: a lock held by Django's own connection until its outermost commit or rollback.
+
+The server releases it with the transaction, so nobody can read what the transaction is about to write. The price is
+that a wait happens on the user's connection: it must leave the transaction usable and its settings as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from psycopg import Connection, pq
+from psycopg import Error as PsycopgError
+
+from . import protocol, sql
+from .backend import explain
+from .inspect import Holder
+from .session import CANCEL_TIMEOUT, cancel_statement
+from .waiting import drive
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+    from psycopg.pq.abc import PGconn
+
+    from concurrency_safe.core.keys import LockKey
+
+_SAVEPOINT = "concurrency_safe_wait"
+
+#: Seconds a piece, for drivers that block in C: a signal is seen only between two pieces. They lose their place in
+#: the queue each time.
+BLOCKING_PIECE = 0.2
+
+
+class TransactionLock:
+    """The acquisition of one key on one Django connection, which is inside a transaction."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, key: LockKey, timeout: float | None, max_block: float) -> None:
+        """Prepare to take `key`; `timeout` in seconds, None waits for ever; `max_block`: seconds a piece."""
+        self._connection = connection
+        self._key = key
+        self._timeout = timeout
+        self._max_block = max_block
+
+    def acquire(self, deadline: float | None) -> bool:
+        """Take the lock: one statement when it is free; a savepoint around the wait when it isn't.
+
+        Returns: False when others kept it past the monotonic time `deadline`; the transaction is as it was then.
+        Raises: LockUnavailable, LockDeadlock, LockCapacityError.
+        """
+        from django.db import InterfaceError, OperationalError  # noqa: PLC0415 - Django is optional here
+
+        started = time.monotonic()
+        try:
+            if self._row(sql.TRY_IN_TRANSACTION, [self._key.number])[0]:
+                return True
+            return self._timeout != 0 and self._wait(deadline)
+        except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
+            raise explain(error, self._key, self._timeout, time.monotonic() - started) from error
+        except (InterfaceError, OperationalError) as error:
+            refused = protocol.ServerRefusedError(_sqlstate(error), str(error))
+            raise explain(refused, self._key, self._timeout, time.monotonic() - started) from error
+
+    def holders(self) -> list[Holder]:
+        """Read who holds the key now."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(sql.HOLDERS_IN_TRANSACTION, {"number": self._key.number})
+            return [Holder(*row) for row in cursor.fetchall()]
+
+    def _wait(self, deadline: float | None) -> bool:
+        """Wait inside a savepoint: undone, it also frees a lock that was granted as the wait timed out."""
+        limit = self._max_block if self._raw() is not None else BLOCKING_PIECE
+        self._execute(f"SAVEPOINT {_SAVEPOINT}")
+        try:
+            before = self._row(sql.TIMEOUTS_IN_TRANSACTION)
+            while (piece := limit if deadline is None else min(deadline - time.monotonic(), limit)) > 0:
+                self._row(sql.SET_TIMEOUTS_IN_TRANSACTION, [str(max(1, round(piece * 1000))), "0"])
+                if self._wait_piece(time.monotonic() + piece + protocol.GRACE):
+                    self._row(sql.SET_TIMEOUTS_IN_TRANSACTION, before)
+                    self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
+                    return True
+                self._execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+        except BaseException:
+            self._recover()
+            raise
+        self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
+        return False
+
+    def _wait_piece(self, until: float) -> bool:
+        """Block in the server for the `lock_timeout` that is set; False when it passed."""
+        from django.db import OperationalError  # noqa: PLC0415 - Django is optional here
+
+        raw = self._raw()
+        try:
+            if raw is None:
+                self._row(sql.WAIT_IN_TRANSACTION, [self._key.number])
+            else:
+                drive(protocol.query(raw.pgconn, b"SELECT pg_advisory_xact_lock(%d)" % self._key.number, until))
+        except protocol.ServerRefusedError as refused:
+            if refused.sqlstate != sql.LOCK_NOT_AVAILABLE:
+                raise
+            return False
+        except OperationalError as error:
+            if _sqlstate(error) != sql.LOCK_NOT_AVAILABLE:
+                raise
+            return False
+        return True
+
+    def _recover(self) -> None:
+        """Bring the transaction back to where it was before the wait; close the connection when that can't be done."""
+        from django.db import Error  # noqa: PLC0415 - Django is optional here
+
+        raw = self._raw()
+        try:
+            if raw is not None and raw.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                end_statement(raw.pgconn)
+            self._execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+            self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
+        except (Error, PsycopgError, protocol.ServerGoneError):
+            self._connection.close()
+
+    def _raw(self) -> Connection[Any] | None:
+        """Give psycopg 3's connection: its wait can be driven from here. Psycopg 2 blocks in C."""
+        raw = self._connection.connection
+        return raw if isinstance(raw, Connection) else None
+
+    def _execute(self, statement: str) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement)
+
+    def _row(self, statement: str, params: Sequence[object] = ()) -> Sequence[Any]:
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement, params)
+            row: Sequence[Any] = cursor.fetchone()
+            return row
+
+
+def end_statement(pgconn: PGconn) -> None:
+    """Cancel the statement under way, and read what it still answers.
+
+    Raises: ServerGoneError: it did not end in time.
+    """
+    until = time.monotonic() + CANCEL_TIMEOUT
+    cancel_statement(pgconn)
+    with contextlib.suppress(protocol.ServerRefusedError):
+        drive(protocol.answer(pgconn, until))
+
+
+def _sqlstate(error: Exception) -> str:
+    """Give the SQLSTATE under a Django error, of either driver; '' when the server said none."""
+    cause = error.__cause__
+    return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""

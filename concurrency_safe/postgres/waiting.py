@@ -1,0 +1,72 @@
+"""The loop that drives a rule for a thread: it blocks where the rule says, in slices.
+
+Slices, because only the interpreter delivers signals and `PyThreadState_SetAsyncExc`: a wait inside C (libpq's,
+or the one in psycopg's C module) keeps an exception pending for as long as it blocks. `select.poll` returns at once
+for a signal, and after `SLICE` at the latest for an asynchronous exception.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import TypeVar
+
+from concurrency_safe.core.steps import READ, WRITE, GateWait, Steps, Wait
+
+#: Seconds that one blocking call may last. An interrupt is seen within 250 ms, also on a busy machine.
+SLICE = 0.1
+
+_T = TypeVar("_T")
+
+
+def drive(steps: Steps[_T]) -> _T:
+    """Run `steps` to its end, blocking the running thread where it waits.
+
+    Raises: whatever the rule raises, or whatever interrupts the wait. The rule is closed then, so its `finally`
+        and `except` blocks have run when the exception leaves here (they must not wait again).
+    """
+    try:
+        want = next(steps)
+        while True:
+            want = steps.send(_wait(want))
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+    finally:
+        # Not left to the collector: a traceback would keep the rule, and what it holds, alive.
+        steps.close()
+
+
+def _wait(want: Wait) -> bool:
+    """Block until `want` is there (True), or its time has passed (False)."""
+    while True:
+        left = SLICE if want.until is None else want.until - time.monotonic()
+        slice_ = min(max(left, 0.0), SLICE)
+        if want.gate.wait(slice_) if isinstance(want, GateWait) else wait_socket(want.fd, want.events, slice_):
+            return True
+        if left <= slice_ and want.until is not None:
+            return False
+
+
+if hasattr(select, "poll"):
+
+    def wait_socket(fd: int, events: int, timeout: float) -> bool:
+        """Say whether the socket became ready within `timeout` seconds; an error on it counts as ready.
+
+        The name is looked up in `select` at each call: gevent replaces it, and the wait is cooperative then.
+        """
+        poll = select.poll()
+        poll.register(
+            fd, (select.POLLIN if events & READ else 0) | (select.POLLOUT if events & WRITE else 0)
+        )
+        # Rounded up, or the last millisecond of a deadline would be spent spinning.
+        return bool(poll.poll(timeout * 1000 + 0.999))
+
+else:  # pragma: no cover - platforms without poll(): Windows, and eventlet's patched select
+
+    def wait_socket(fd: int, events: int, timeout: float) -> bool:
+        """Say whether the socket became ready within `timeout` seconds."""
+        readable = [fd] if events & READ else []
+        writable = [fd] if events & WRITE else []
+        ready = select.select(readable, writable, [fd], timeout)
+        return any(ready)

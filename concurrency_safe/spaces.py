@@ -1,0 +1,91 @@
+"""Which lock space a lock belongs to: one database, with the sessions and the claims of this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from concurrency_safe.conf import Settings, django_is_configured
+from concurrency_safe.core.errors import ConfigurationError
+from concurrency_safe.ownership import Ownership
+from concurrency_safe.postgres import alias as aliases
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.waiting import drive
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LockSpace:
+    """Where a key means one lock: the backend, and who owns what inside this process."""
+
+    backend: PostgresBackend
+    claims: Ownership
+
+
+_spaces: dict[tuple[object, ...], LockSpace] = {}
+_alias_dsns: dict[tuple[object, ...], str] = {}
+_verified: set[tuple[str, str]] = set()
+
+
+def django_connection(using: str | None, settings: Settings) -> BaseDatabaseWrapper | None:
+    """Give this thread's connection of the alias in charge; None in a script without Django."""
+    return aliases.connection_of(using or settings.using) if django_is_configured() else None
+
+
+def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> LockSpace:
+    """Give the lock space of session scope, by the setting DSN or else the Django alias.
+
+    Raises: ConfigurationError: neither leads to PostgreSQL, or they lead to different databases.
+    """
+    dsn = settings.dsn
+    if dsn is None:
+        if connection is None:
+            raise ConfigurationError(
+                "there is no lock store: call concurrency_safe.configure(dsn='postgresql://...'), or set the environment "
+                "variable CONCURRENCY_SAFE_DSN or DATABASE_URL, or configure Django"
+            )
+        dsn = _dsn_of(connection)
+    elif connection is not None and connection.vendor == "postgresql":
+        require_one_space(connection, dsn)
+    return _space(dsn, settings)
+
+
+def require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> None:
+    """Check, once for each pair, that `dsn` and `connection` lead to the same database.
+
+    Raises: ConfigurationError, LockUnavailable.
+    """
+    pair = (dsn, _dsn_of(connection))
+    if pair not in _verified:
+        drive(aliases.verify_one_space(*pair, connection.alias))
+        _verified.add(pair)
+
+
+def _dsn_of(connection: BaseDatabaseWrapper) -> str:
+    given = connection.settings_dict
+    where = (connection.alias, connection.vendor, *(given[name] for name in ("NAME", "HOST", "PORT", "USER", "PASSWORD")))
+    dsn = _alias_dsns.get(where)
+    if dsn is None:
+        dsn = _alias_dsns[where] = aliases.dsn_of(connection)
+        aliases.before_test_database_is_dropped(connection, close_idle_sessions)
+    return dsn
+
+
+def _space(dsn: str, settings: Settings) -> LockSpace:
+    name = (dsn, settings.pool_size, settings.pool_idle, settings.max_block, settings.max_held)
+    space = _spaces.get(name)
+    if space is None:
+        backend = PostgresBackend(
+            dsn, pool_size=settings.pool_size, pool_idle=settings.pool_idle, max_block=settings.max_block
+        )
+        # setdefault: of two threads that come here first, both must get the same claims.
+        space = _spaces.setdefault(name, LockSpace(backend, Ownership(settings.max_held)))
+    return space
+
+
+def close_idle_sessions() -> None:
+    """End the idle sessions of every space of this process (before a database is dropped, at a worker's end)."""
+    for space in list(_spaces.values()):
+        space.backend.close()

@@ -1,0 +1,1 @@
+"""A small Django shop: one critical section, and every door that leads to it."""

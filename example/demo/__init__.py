@@ -1,0 +1,1 @@
+"""`python -m example.demo`: real servers, real clients, a table and a verdict."""

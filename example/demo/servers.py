@@ -1,0 +1,67 @@
+"""Where PostgreSQL and the broker come from: the environment, or this run's own servers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg import sql
+
+from concurrency_safe.testing import PostgresServer, ValkeyServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from celery import Celery
+
+#: Marks what this run puts on a server that others use as well.
+RUN = f"concurrency_safe_demo_{secrets.token_hex(4)}"
+
+
+@contextmanager
+def database() -> Iterator[tuple[str, str]]:
+    """Yield the address of an empty database for this run, and a word on where it is."""
+    given = os.environ.get("DATABASE_URL")
+    if given:
+        with _database_of_our_own(given) as url:
+            yield url, f"database {RUN} on the server in DATABASE_URL"
+    else:
+        with PostgresServer() as server:
+            yield server.dsn, "a server of its own"
+
+
+@contextmanager
+def broker() -> Iterator[tuple[str, str]]:
+    """Yield the address of a broker, and a word on where it is."""
+    given = os.environ.get("CELERY_BROKER_URL")
+    if given:
+        yield given, f"queue {RUN} on the broker in CELERY_BROKER_URL"
+    else:
+        with ValkeyServer() as server:
+            yield server.url, "a server of its own"
+
+
+@contextmanager
+def _database_of_our_own(server: str) -> Iterator[str]:
+    name = sql.Identifier(RUN)
+    with psycopg.connect(server, autocommit=True) as connection:
+        try:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
+            yield urlsplit(server)._replace(path=f"/{RUN}").geturl()
+        finally:
+            # FORCE: a session that was killed a moment ago may still be on its way out.
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+
+
+@contextmanager
+def queue(app: Celery) -> Iterator[None]:
+    """Delete this run's queue in the end: the broker may be someone else's."""
+    try:
+        yield
+    finally:
+        with app.connection_for_write() as connection:
+            app.amqp.queues[RUN](connection.default_channel).delete()

@@ -1,0 +1,102 @@
+"""Forked children: they own nothing of their parent's, and take nothing from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from concurrency_safe import LockAcquireTimeout, LockNotHeld, assert_locked, current_lock, lock
+from tests.integration.conftest import LockStore, Rival, wait_for
+
+RUNS = 50
+
+
+def in_child(body: object, *, politely: bool = False) -> int:
+    """Run `body()` in a forked child, which ends by os._exit, or as a program does; return its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            body()  # type: ignore[operator]
+            status = 0
+            if politely:
+                sys.exit(0)
+        except SystemExit:
+            # What the interpreter does at a normal end, without pytest's own farewell.
+            import atexit
+            import gc
+
+            gc.collect()
+            atexit._clear()
+        except BaseException as error:  # noqa: BLE001 - it would go on as a second pytest
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("politely", [False, True], ids=["_exit", "normal exit"])
+def test_the_parents_lock_survives_its_childs_exit(politely: bool, rival: Rival) -> None:
+    with lock("one") as held:
+        for _ in range(RUNS // 2):
+            assert in_child(lambda: None, politely=politely) == 0
+            assert not held.is_lost
+            assert not rival.try_hold("one")
+
+    assert rival.is_free("one")
+
+
+def test_a_child_owns_nothing() -> None:
+    def child() -> None:
+        assert current_lock() is None
+        with pytest.raises(LockNotHeld):
+            assert_locked("one")
+        with pytest.raises(LockAcquireTimeout), lock("one", timeout=0):
+            pytest.fail("two holders")
+        with lock("another", timeout=0):
+            assert_locked("another")
+
+    with lock("one"):
+        assert in_child(child) == 0
+
+
+def test_a_child_that_leaves_the_block_releases_nothing(rival: Rival) -> None:
+    held = lock("one").acquire()
+
+    def child() -> None:
+        with pytest.raises(LockNotHeld, match="another process"):
+            held.release()
+
+    assert in_child(child) == 0
+
+    assert not held.is_lost
+    assert not rival.try_hold("one")
+    held.release()
+
+
+def test_a_child_does_not_keep_its_parents_lock_alive(store: LockStore, rival: Rival) -> None:
+    """An open copy of the socket would keep the session, after the parent's death."""
+    ready, ready_write = os.pipe()
+    stay, stay_write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        lock("orphan", timeout=0).acquire()
+        if os.fork() == 0:
+            os.close(stay_write)
+            os.write(ready_write, b"x")
+            os.read(stay, 1)
+            os._exit(0)
+        signal.pause()
+    os.close(stay)
+    os.read(ready, 1)
+    assert not rival.try_hold("orphan")
+
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_for(lambda: rival.is_free("orphan"), 1.0)
+
+    os.close(stay_write)  # the grandchild reads the end of the file, and exits
+    wait_for(lambda: store.rows() == 0)

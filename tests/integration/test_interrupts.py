@@ -1,0 +1,189 @@
+"""Exceptions that come from outside, at any time: nothing is left behind, and they surface at once.
+
+Each kind is thrown hundreds of times at random moments around the grant: while a session waits, as it is granted the
+lock, in the body, and in the release.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from concurrency_safe import lock
+from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
+
+ROUNDS = 500
+
+#: Seconds within which an interrupt must surface; the promise of the library.
+SURFACES = 0.25
+
+
+class Interrupt(Exception):
+    """What a signal handler or another thread raises in the middle of anything."""
+
+
+@contextmanager
+def handler(raised: type[BaseException], times: list[float]) -> Iterator[None]:
+    """Let SIGALRM raise `raised`, and write down when."""
+
+    def on_alarm(_number: int, _frame: object) -> None:
+        times.append(time.monotonic())
+        raise raised
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def grants(rival: Rival, stop: threading.Event, key: str) -> threading.Thread:
+    """Hold `key` from another session, and let go of it again and again, at random moments."""
+
+    def hold_and_let_go() -> None:
+        chance = random.Random(7)
+        while not stop.is_set():
+            rival.hold(key)
+            stop.wait(chance.uniform(0, 0.004))
+            rival.let_go()
+
+    thread = threading.Thread(target=hold_and_let_go)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, Interrupt])
+@pytest.mark.timeout(150)
+def test_signal_handlers_leave_nothing_behind(raised: type[BaseException], store: LockStore, rival: Rival) -> None:
+    stop = threading.Event()
+    granting = grants(rival, stop, "one")
+    chance = random.Random(11)
+    late: list[float] = []
+    hits = 0
+    try:
+        for _ in range(ROUNDS):
+            times: list[float] = []
+            with handler(raised, times):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.008))
+                    until = time.monotonic() + LIMIT
+                    while time.monotonic() < until:
+                        with lock("one", timeout=None):
+                            pass
+                except raised:
+                    hits += 1
+                    late.append(time.monotonic() - times[0])
+    finally:
+        stop.set()
+        granting.join()
+
+    assert hits == ROUNDS
+    assert max(late) < SURFACES
+    wait_for(lambda: store.rows() == 0, 1.0)
+    assert rival.is_free("one")
+
+
+@pytest.mark.timeout(150)
+def test_asynchronous_exceptions_leave_nothing_behind(store: LockStore, rival: Rival) -> None:
+    stop = threading.Event()
+    granting = grants(rival, stop, "one")
+    chance = random.Random(13)
+    late: list[float] = []
+    caught: list[float] = []
+    ready = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                ready.set()
+                while not stop.is_set():
+                    with lock("one", timeout=None):
+                        pass
+            except Interrupt:
+                caught.append(time.monotonic())
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for number in range(ROUNDS):
+            assert ready.wait(LIMIT)
+            ready.clear()
+            stop.wait(chance.uniform(0.0001, 0.008))
+            thrown = time.monotonic()
+            assert throw(worker, Interrupt) == 1
+            wait_for(lambda number=number: len(caught) > number)
+            late.append(caught[-1] - thrown)
+    finally:
+        stop.set()
+        worker.join()
+        granting.join()
+
+    assert len(caught) == ROUNDS
+    assert max(late) < SURFACES
+    wait_for(lambda: store.rows() == 0, 1.0)
+    assert rival.is_free("one")
+
+
+def throw(thread: threading.Thread, raised: type[BaseException]) -> int:
+    """Raise `raised` in `thread`, as dramatiq does at a time limit."""
+    return ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(raised))
+
+
+def test_a_wait_in_the_server_is_left_at_once(store: LockStore, rival: Rival) -> None:
+    """Also where neither a grant nor a deadline comes to the rescue."""
+    rival.hold("one")
+    thrown: list[float] = []
+
+    def fire() -> None:
+        wait_for(lambda: store.waiting() == 1)
+        signal.raise_signal(signal.SIGALRM)
+
+    alarm = threading.Thread(target=fire)
+    with handler(Interrupt, thrown):
+        alarm.start()
+        with pytest.raises(Interrupt), lock("one", timeout=None):
+            pytest.fail("two holders")
+        surfaced = time.monotonic()
+        alarm.join()
+
+    assert surfaced - thrown[0] < SURFACES
+    wait_for(lambda: store.waiting() == 0, 1.0)
+
+
+@pytest.mark.parametrize("where", ["server", "process"])
+def test_an_asynchronous_exception_ends_a_wait_at_once(where: str, store: LockStore, rival: Rival) -> None:
+    held = lock("one").acquire() if where == "process" else None
+    if held is None:
+        rival.hold("one")
+    surfaced: list[float] = []
+
+    def wait() -> None:
+        with pytest.raises(Interrupt), lock("one", timeout=None):
+            pytest.fail("two holders")
+        surfaced.append(time.monotonic())
+
+    def waits() -> bool:
+        if held is None:
+            return store.waiting() == 1
+        return held.claim is not None and bool(held.claim.queue)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    wait_for(waits)
+    thrown = time.monotonic()
+    throw(waiter, Interrupt)
+    waiter.join()
+
+    assert surfaced[0] - thrown < SURFACES
+    if held is not None:
+        held.release()
+    rival.let_go()
+    wait_for(lambda: store.rows() == 0, 1.0)

@@ -1,0 +1,397 @@
+"""Locks and Django's transactions: no lost update, and a transaction that stays as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import DatabaseError, connection, connections, transaction
+from django.test import TestCase
+
+from concurrency_safe import (
+    ConfigurationError,
+    LockAcquireTimeout,
+    LockDeadlock,
+    LockInTransaction,
+    concurrency_safe,
+    lock,
+)
+from tests.integration.conftest import LockStore, Rival, wait_for
+
+pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
+
+PROCESSES = 8
+INCREMENTS = 25
+
+#: How each process guards its read-modify-write; `step` reads and writes with a pause between, in the server.
+GUARDS = {
+    "outside": "with lock('counter', timeout=60), transaction.atomic(): step()",
+    "inside": "with transaction.atomic(), lock('counter', timeout=60): step()",
+    "ATOMIC_REQUESTS": "assert client.get('/step/').status_code == 200",
+    "none": "with transaction.atomic(): step()",
+}
+
+COUNTER = """
+import sys
+import django
+from django.conf import settings
+from django.http import HttpResponse
+from django.urls import path
+
+from tests.settings import DATABASES
+DATABASES["default"]["ATOMIC_REQUESTS"] = "ATOMIC_REQUESTS" in sys.argv
+settings.configure(DATABASES=DATABASES, ROOT_URLCONF=__name__, ALLOWED_HOSTS=["testserver"], SECRET_KEY="x")
+django.setup()
+
+from django.db import connection, transaction
+from django.test import Client
+from concurrency_safe import concurrency_safe, lock
+
+client = Client()
+
+def step():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT value FROM counter")
+        (value,) = cursor.fetchone()
+        cursor.execute("SELECT pg_sleep(0.001)")
+        cursor.execute("UPDATE counter SET value = %s", [value + 1])
+
+@concurrency_safe(key="counter", timeout=60)
+def view(request):
+    step()
+    return HttpResponse()
+
+urlpatterns = [path("step/", view)]
+for _ in range(25):
+    GUARD
+"""
+
+
+@pytest.fixture
+def counter(store: LockStore) -> Iterator[LockStore]:
+    store.connection.execute("CREATE TABLE counter (value int)")
+    store.connection.execute("INSERT INTO counter VALUES (0)")
+    yield store
+    store.connection.execute("DROP TABLE counter")
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_read_modify_write_by_many_processes(guard: str, counter: LockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", counter.url)
+    program = COUNTER.replace("GUARD", GUARDS[guard])
+    command = [sys.executable, "-c", program, guard]
+    processes = [subprocess.Popen(command) for _ in range(PROCESSES)]  # noqa: S603 - our own program
+
+    assert [process.wait() for process in processes] == [0] * PROCESSES
+
+    row = counter.connection.execute("SELECT value FROM counter").fetchone()
+    assert row
+    if guard == "none":
+        assert row[0] < PROCESSES * INCREMENTS  # the test can fail
+    else:
+        assert row[0] == PROCESSES * INCREMENTS
+    assert counter.rows() == 0
+
+
+def test_inside_atomic_the_lock_lasts_until_the_commit(rival: Rival) -> None:
+    with transaction.atomic():
+        with lock("one") as held:
+            assert held.waited >= 0
+        assert not rival.try_hold("one")
+
+    assert rival.is_free("one")
+
+
+def test_a_rollback_frees_it(rival: Rival) -> None:
+    with pytest.raises(ZeroDivisionError), transaction.atomic(), lock("one"):
+        _ = 1 / 0
+
+    assert rival.is_free("one")
+
+
+def test_session_scope_is_refused_inside_atomic_with_the_remedy() -> None:
+    with transaction.atomic(), pytest.raises(LockInTransaction, match="detached"), lock("one", scope="session"):
+        pytest.fail("it would be released before the commit")
+
+
+def test_transaction_scope_is_refused_outside_atomic() -> None:
+    with pytest.raises(LockInTransaction, match="inside atomic"), lock("one", scope="transaction"):
+        pytest.fail("there is nothing to hold it until")
+
+
+def test_a_transaction_on_another_alias_is_refused() -> None:
+    with transaction.atomic(using="other"), pytest.raises(LockInTransaction, match="'other'"), lock("one"):
+        pytest.fail("it would be released before the other's commit")
+    with transaction.atomic(using="other"), lock("one", using="other"):
+        pass
+
+
+def test_detached_scope_ends_with_its_block_inside_atomic(rival: Rival) -> None:
+    with transaction.atomic():
+        with lock("one", scope="detached"):
+            assert not rival.try_hold("one")
+        assert rival.is_free("one")
+
+
+def test_a_manual_transaction_counts_as_one(rival: Rival) -> None:
+    transaction.set_autocommit(False)
+    try:
+        with lock("one"):
+            pass
+        assert not rival.try_hold("one")
+        transaction.commit()
+        assert rival.is_free("one")
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+
+
+def test_an_outer_session_lock_is_entered_again_inside_atomic(rival: Rival) -> None:
+    with lock("one"):
+        with transaction.atomic(), lock("one", timeout=0):
+            pass
+        assert not rival.try_hold("one")
+
+    assert rival.is_free("one")
+
+
+@pytest.mark.parametrize("timeout", [0, 0.2])
+def test_a_conflict_leaves_the_transaction_as_it_was(timeout: float, counter: LockStore, rival: Rival) -> None:
+    rival.hold("one")
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET LOCAL lock_timeout = '7s'")
+        cursor.execute("SET LOCAL statement_timeout = '9s'")
+        cursor.execute("UPDATE counter SET value = 42")
+        with pytest.raises(LockAcquireTimeout) as caught, lock("one", timeout=timeout):
+            pytest.fail("two holders")
+        cursor.execute("SELECT value, current_setting('lock_timeout'), current_setting('statement_timeout') FROM counter")
+        assert cursor.fetchone() == (42, "7s", "9s")
+
+    assert str(rival.pid) in (caught.value.holder or "")
+    assert counter.connection.execute("SELECT value FROM counter").fetchone() == (42,)
+
+
+def wait_inside_atomic(rival: Rival, store: LockStore, timeout: float | None) -> list[object]:
+    """Wait for a taken key inside a transaction of another thread; the rival lets go once it waits."""
+    seen: list[object] = []
+
+    def work() -> None:
+        try:
+            with transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute("SET LOCAL lock_timeout = '7s'")
+                with lock("one", timeout=timeout):
+                    cursor.execute("SELECT current_setting('lock_timeout'), current_setting('statement_timeout')")
+                    seen.append(cursor.fetchone())
+                    seen.append(rival.try_hold("one"))
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for(lambda: store.waiting() == 1)
+    rival.let_go()
+    thread.join()
+    return seen
+
+
+@pytest.mark.parametrize("timeout", [10.0, None])
+def test_a_wait_inside_atomic_ends_with_the_lock_and_the_old_settings(
+    timeout: float | None, store: LockStore, rival: Rival
+) -> None:
+    rival.hold("one")
+
+    assert wait_inside_atomic(rival, store, timeout) == [("7s", "0"), False]
+    assert rival.is_free("one")
+
+
+def test_a_statement_timeout_of_the_user_does_not_cut_the_wait(store: LockStore, rival: Rival) -> None:
+    rival.hold("one")
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET LOCAL statement_timeout = '50ms'")
+        with pytest.raises(LockAcquireTimeout), lock("one", timeout=0.3):
+            pytest.fail("two holders")
+
+
+def test_a_deadlock_names_its_victim_and_leaves_the_transaction_usable(rival: Rival) -> None:
+    rival.hold("second")
+    rival.connection.execute("SET deadlock_timeout = '1h'")  # so that the rival is not the one who finds it
+
+    with transaction.atomic(), lock("first"):
+        crossing = threading.Thread(target=rival.hold, args=["first"])
+        crossing.start()
+        with pytest.raises(LockDeadlock, match="'second'.*one order"), lock("second", timeout=10):
+            pytest.fail("two holders")
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 'still usable'")
+    crossing.join()
+
+
+def test_a_deadlock_across_two_sessions_ends_by_the_timeout(rival: Rival, store: LockStore) -> None:
+    rival.hold("second")
+    rival.connection.execute("SET deadlock_timeout = '1h'")
+    held = lock("first").acquire()
+    crossing = threading.Thread(target=rival.hold, args=["first"])
+    crossing.start()
+
+    # Two sessions of ours take part, so the server sees no cycle: only the timeout ends it.
+    with pytest.raises(LockAcquireTimeout), lock("second", timeout=0.3):
+        pytest.fail("two holders")
+
+    held.release()
+    crossing.join()
+    rival.let_go()
+    assert store.rows() == 0
+
+
+def test_the_body_error_surfaces_when_the_transaction_is_broken(store: LockStore) -> None:
+    for guarded in (lock("one"), lock("one", scope="detached")):
+        with pytest.raises(DatabaseError, match="no_such_table"), transaction.atomic(), guarded:
+            connection.cursor().execute("SELECT * FROM no_such_table")
+        assert store.rows() == 0
+
+
+def test_a_broken_transaction_inside_the_lock_surfaces_its_own_error(store: LockStore, rival: Rival) -> None:
+    with pytest.raises(DatabaseError, match="no_such_table"), lock("one"):
+        with transaction.atomic():
+            connection.cursor().execute("SELECT * FROM no_such_table")
+
+    assert store.rows() == 0
+    assert rival.is_free("one")
+
+
+def test_closing_djangos_connection_does_not_lose_the_lock(rival: Rival) -> None:
+    from django.core.signals import request_finished
+    from django.db import close_old_connections
+
+    with lock("one"):
+        connection.cursor().execute("SELECT 1")
+        connection.close()
+        close_old_connections()
+        request_finished.send(sender=None)
+        connections.close_all()
+        assert not rival.try_hold("one")
+
+    assert rival.is_free("one")
+
+
+class InsideTestCase(TestCase):
+    """Django's own blocks around a test are not the code's."""
+
+    def test_outside_atomic_it_is_a_session_lock(self) -> None:
+        with lock("one", scope="session") as held:
+            assert held.claim is not None
+
+    def test_inside_atomic_it_is_the_transactions(self) -> None:
+        with transaction.atomic(), lock("one") as held:
+            assert held.claim is None
+
+    def test_the_decorator_works(self) -> None:
+        @concurrency_safe(key="one")
+        def body() -> str:
+            return "ran"
+
+        assert body() == "ran"
+
+
+def test_an_unknown_alias_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match="'nowhere'.*'default'"), lock("one", using="nowhere"):
+        pytest.fail("the body ran unguarded")
+
+
+#: Django takes psycopg 2 only where it can't import psycopg 3.
+ON_PSYCOPG2 = """
+import sys
+sys.modules["psycopg"] = None
+import django.db.backends.postgresql.base
+del sys.modules["psycopg"]
+"""
+
+ON_A_POOL = """
+from tests.settings import DATABASES
+DATABASES["default"]["CONN_MAX_AGE"] = 0
+DATABASES["default"]["OPTIONS"] = {"pool": {"min_size": 1, "max_size": 2}}
+"""
+
+ON_ANY_DRIVER = """
+import os, signal, sys, threading, time
+import django
+from django.conf import settings
+from tests.settings import DATABASES
+settings.configure(DATABASES=DATABASES)
+django.setup()
+from django.db import connection, transaction
+from concurrency_safe import LockAcquireTimeout, lock
+from tests.integration.conftest import LockStore, Rival, wait_for
+
+store, rival = LockStore(sys.argv[1]), Rival(sys.argv[1])
+
+with transaction.atomic():
+    print(type(connection.connection).__module__, connection.settings_dict["OPTIONS"])
+    with lock("one"):
+        pass
+    assert not rival.try_hold("one")
+assert rival.is_free("one")
+
+rival.hold("one")
+with transaction.atomic(), connection.cursor() as cursor:
+    cursor.execute("SET LOCAL lock_timeout = '7s'")
+    for timeout in (0, 0.5):
+        try:
+            with lock("one", timeout=timeout):
+                raise AssertionError("two holders")
+        except LockAcquireTimeout as conflict:
+            assert str(rival.pid) in conflict.holder, conflict
+    cursor.execute("SELECT current_setting('lock_timeout')")
+    assert cursor.fetchone() == ("7s",)
+
+class Interrupt(Exception):
+    pass
+
+def on_alarm(*_):
+    raise Interrupt(time.monotonic())
+
+signal.signal(signal.SIGALRM, on_alarm)
+with transaction.atomic(), connection.cursor() as cursor:
+    def alarm():
+        wait_for(lambda: store.waiting() == 1)
+        os.kill(os.getpid(), signal.SIGALRM)
+    thread = threading.Thread(target=alarm)
+    thread.start()
+    try:
+        with lock("one", timeout=None):
+            raise AssertionError("two holders")
+    except Interrupt as interrupt:
+        late = time.monotonic() - interrupt.args[0]
+        assert late < 0.25, late
+    thread.join()
+    cursor.execute("SELECT 'still usable'")
+    wait_for(lambda: store.waiting() == 0, 1.0)
+
+threading.Thread(target=lambda: (wait_for(lambda: store.waiting() == 1), rival.let_go())).start()
+with transaction.atomic(), lock("one", timeout=10):
+    pass
+assert rival.is_free("one")
+with lock("one"):
+    connection.cursor().execute("SELECT 1")
+    connection.close()
+    assert not rival.try_hold("one")
+assert rival.is_free("one")
+"""
+
+
+@pytest.mark.parametrize(("prologue", "driver"), [("", "psycopg"), (ON_PSYCOPG2, "psycopg2"), (ON_A_POOL, "psycopg_pool")])
+def test_transaction_scope_on_every_driver(
+    prologue: str, driver: str, store: LockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", store.url)
+    command = [sys.executable, "-c", prologue + ON_ANY_DRIVER, store.url]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own program
+
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split(".")[0].split()[0] == driver.replace("_pool", "")
+    assert ("pool" in ran.stdout) == (driver == "psycopg_pool")
+    assert store.rows() == 0
