@@ -82,7 +82,9 @@ def lock(
     options = LockOptions(
         timeout=timeout, shared=shared, slots=slots, scope=scope, using=using, backend=backend, max_waiters=max_waiters
     )
-    return Lock(keys, options)
+    single = Lock(keys, options)
+    lock_key(keys[0])  # a bad key is an error of this line, not of the `with`
+    return single
 
 
 class Lock:
@@ -94,7 +96,6 @@ class Lock:
         """Check the keys and what this release can do; nothing is acquired."""
         _refuse_reserved(keys, options)
         self._key = keys[0]
-        lock_key(self._key)
         self._options = options
         self._held: HeldLock | None = None
         #: The error that ended the acquisition, so that a caller can tell it from one of the body's.
@@ -331,7 +332,8 @@ class HeldLock:
 
     def __del__(self) -> None:
         """End the session of a lock whose block was left by an exception that hit `__exit__` itself."""
-        if self.claim is not None and self._space is not None and self._pid == os.getpid():
+        # An exception can hit __init__, too: nothing is written down then.
+        if getattr(self, "claim", None) is not None and self._space is not None and self._pid == os.getpid():
             self._space.claims.drop(self)
 
     # Loss.

@@ -21,3 +21,4 @@ INSTALLED_APPS = ["concurrency_safe", "example.stock"]
 DATABASES = {
     "default": database(os.environ.get("DATABASE_URL") or NO_SERVER) | {"CONN_MAX_AGE": 0},
 }
+DATABASES["other"] = DATABASES["default"] | {"TEST": {"MIRROR": "default"}}

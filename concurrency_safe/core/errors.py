@@ -1,0 +1,100 @@
+"""Every error of the library.
+
+An error crosses processes: a queue pickles it, a JSON result backend rebuilds it as `type(error)(*error.args)`. So
+`args` are exactly the constructor's arguments and JSON-safe, and the message is composed when it is asked for.
+"""
+
+from __future__ import annotations
+
+
+class ConcurrencySafeError(Exception):
+    """The root of the library's errors.
+
+    Args:
+        message: What happened, to which key, with which numbers, and what to do.
+        key: The key's text, where one is concerned.
+    """
+
+    def __init__(self, message: str | None = None, key: str | None = None) -> None:
+        """Keep the arguments as `args`."""
+        super().__init__(message, key)
+        self.message = message
+        self.key = key
+
+    def __str__(self) -> str:
+        """Say what happened."""
+        return self.message or type(self).__doc__ or type(self).__name__
+
+
+class LockAcquireTimeout(ConcurrencySafeError, TimeoutError):
+    """The lock is held by somebody else, and did not become free in time.
+
+    Args:
+        message: None: composed from the others.
+        key: The key's text.
+        timeout: Seconds that the caller would wait; 0: one try; None: for ever.
+        waited: Seconds that the caller did wait.
+        holder: Who holds it, in a few words; None: it could not be read, or nobody did any more.
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        key: str | None = None,
+        timeout: float | None = None,
+        waited: float | None = None,
+        holder: str | None = None,
+    ) -> None:
+        """Keep the arguments as `args`."""
+        super().__init__(message, key)
+        self.args = (message, key, timeout, waited, holder)
+        self.timeout = timeout
+        self.waited = waited
+        self.holder = holder
+
+    def __str__(self) -> str:
+        """Say which lock, who holds it, and how long was waited."""
+        if self.message is not None:
+            return self.message
+        holder = self.holder or "somebody else"
+        if self.timeout == 0:
+            return f"lock {self.key!r} is held by {holder}; tried once (timeout=0)"
+        waited = f" after {self.waited:.3g} s" if self.waited is not None else ""
+        limit = f" (timeout={self.timeout:g})" if self.timeout is not None else ""
+        return f"lock {self.key!r} is held by {holder}; gave up{waited}{limit}"
+
+
+class LockDeadlock(LockAcquireTimeout):
+    """PostgreSQL found a deadlock, and chose this waiter as the victim (SQLSTATE 40P01)."""
+
+
+class LockLost(ConcurrencySafeError):
+    """The lock went away while it was held: its session was cut, and others may have entered."""
+
+
+class LockNotHeld(ConcurrencySafeError):
+    """What needs a lock runs without it."""
+
+
+class LockInTransaction(ConcurrencySafeError):
+    """The scope of the lock doesn't fit the transaction that is open, or not open, around it."""
+
+
+class LockReentrancyError(ConcurrencySafeError):
+    """A lock was entered again where that can't work."""
+
+
+class LockCapacityError(ConcurrencySafeError):
+    """No room for another lock: in PostgreSQL's lock table (SQLSTATE 53200), or under the process's own cap."""
+
+
+class LockUnavailable(ConcurrencySafeError):
+    """The lock store can't be reached or used, so the body did not run."""
+
+
+class KeyTemplateError(ConcurrencySafeError, ValueError):
+    """A key, or the template of one, is not usable."""
+
+
+class ConfigurationError(ConcurrencySafeError, ValueError):
+    """An option or a setting is not usable, or nothing is set where something must be."""

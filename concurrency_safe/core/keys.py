@@ -1,0 +1,85 @@
+"""What a key is: a text for people, and the int64 that PostgreSQL locks.
+
+The number is frozen for ever: hosts on different releases must exclude each other (docs/decisions/0004-key-hash.md).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from .canonical import canonical
+from .errors import KeyTemplateError
+
+#: Written into every hash. A change of it is a new lock space.
+VERSION = b"concurrency_safe:1"
+
+#: What a forgotten f leaves behind: f"stock:{sku}" without its f.
+_LEFTOVER = re.compile(r"\{[A-Za-z_][\w.\[\]]*(![rsa])?(:[^{}]*)?\}")
+
+
+class Rendered(str):
+    """The text of a rendered template: what looks like a {field} in it is a caller's data."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LockKey:
+    """A key as people read it, and as PostgreSQL locks it (a signed int64)."""
+
+    text: str
+    number: int
+
+
+def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> LockKey:
+    """Give the key for a text, or for a tuple of parts; a tuple never equals a text.
+
+    `namespace`: the setting NAMESPACE; the same key in two namespaces is two locks.
+
+    Raises: KeyTemplateError: an empty key, one that still holds a {field}, or a part without a canonical text.
+    """
+    if isinstance(key, LockKey):
+        return key
+    if isinstance(key, str):
+        text = check_text(key)
+        return LockKey(text, _number(namespace, b"text", [text]))
+    if isinstance(key, tuple):
+        if not key:
+            raise KeyTemplateError('a key of no parts: give at least one, ("stock", sku)')
+        parts = [check_text(part if isinstance(part, Rendered) else canonical(part)) for part in key]
+        # Readable, and one text for one tuple: a part's own separators are escaped.
+        text = "/".join(part.replace("\\", r"\\").replace("/", r"\/") for part in parts)
+        return LockKey(f"({text})", _number(namespace, b"parts", parts))
+    raise KeyTemplateError(f"a key is a text or a tuple of parts, not {type(key).__name__}: {key!r}")
+
+
+def check_text(text: str) -> str:
+    """Refuse a text that can't be a key, or a part of one.
+
+    Raises: KeyTemplateError.
+    """
+    if not text:
+        raise KeyTemplateError("a key must not be empty")
+    leftover = None if isinstance(text, Rendered) else _LEFTOVER.search(text)
+    if leftover:
+        raise KeyTemplateError(
+            f"the key {text!r} still holds {leftover.group()}: a forgotten f before the string? "
+            "(templates are for @concurrency_safe and lock_key)",
+            text,
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise KeyTemplateError(f"the key {text!r} holds half a character (a lone surrogate); it has no bytes in UTF-8") from None
+    return str.__str__(text)
+
+
+def _number(namespace: str, kind: bytes, texts: list[str]) -> int:
+    """Hash version, namespace, kind and texts, each with its length before it, so that no two inputs meet."""
+    digest = blake2b(digest_size=8)
+    for piece in (VERSION, namespace.encode(), kind, *(text.encode() for text in texts)):
+        digest.update(len(piece).to_bytes(8, "big"))
+        digest.update(piece)
+    return int.from_bytes(digest.digest(), "big", signed=True)

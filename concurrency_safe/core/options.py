@@ -1,0 +1,80 @@
+"""The options of one acquisition: which values and combinations are legal. Defaults from the settings come later."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from .errors import ConfigurationError
+from .suggest import nearest
+
+SCOPES = ("auto", "session", "transaction", "detached")
+
+
+class Unset(Enum):
+    """Tells "not given" from None, which means "for ever"."""
+
+    UNSET = "the setting"
+
+    def __repr__(self) -> str:
+        """Show a word."""
+        return "UNSET"
+
+
+UNSET = Unset.UNSET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockOptions:
+    """The options of `lock()`, checked.
+
+    `timeout`: seconds; 0 tries once; None waits for ever; UNSET: the setting TIMEOUT. `slots`: most holders.
+    `max_waiters`: most waiters, None: any number.
+
+    Raises: ConfigurationError.
+    """
+
+    timeout: float | Unset | None = UNSET
+    shared: bool = False
+    slots: int = 1
+    scope: str = "auto"
+    using: str | None = None
+    backend: object | None = None
+    max_waiters: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value once; past this line nobody does."""
+        if not isinstance(self.timeout, Unset):
+            check_timeout("timeout", self.timeout)
+        if self.scope not in SCOPES:
+            raise ConfigurationError(f"scope={self.scope!r} is none of {', '.join(map(repr, SCOPES))}{nearest(self.scope, SCOPES)}")
+        if not isinstance(self.shared, bool):
+            raise ConfigurationError(f"shared={self.shared!r} is neither True nor False")
+        check_count("slots", self.slots, at_least=1)
+        if self.max_waiters is not None:
+            check_count("max_waiters", self.max_waiters, at_least=0)
+        if self.using is not None and not (isinstance(self.using, str) and self.using):
+            raise ConfigurationError(f"using={self.using!r} is not the name of a database alias")
+
+
+def check_timeout(name: str, value: object) -> None:
+    """Refuse what is no number of seconds, None or 0.
+
+    Raises: ConfigurationError.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigurationError(f"{name}={value!r} is not a number of seconds; 0 tries once, None waits for ever")
+    if math.isnan(value) or math.isinf(value) or value < 0:
+        raise ConfigurationError(f"{name}={value!r} is not a duration; give seconds >= 0, or None to wait for ever")
+
+
+def check_count(name: str, value: object, *, at_least: int) -> None:
+    """Refuse what is no whole number from `at_least` on.
+
+    Raises: ConfigurationError.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigurationError(f"{name}={value!r} is not a whole number >= {at_least}")
