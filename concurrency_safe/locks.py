@@ -28,7 +28,7 @@ from concurrency_safe.core.events import LockEvent
 from concurrency_safe.core.keys import LockKey, lock_key
 from concurrency_safe.core.options import UNSET, LockOptions
 from concurrency_safe.core.steps import Steps
-from concurrency_safe.ownership import Claim, current_owner
+from concurrency_safe.ownership import Claim, Footing, current_owner
 from concurrency_safe.postgres.alias import in_transaction, others_in_transaction, require_postgresql
 from concurrency_safe.postgres.inspect import describe_work
 from concurrency_safe.postgres.transaction import TransactionLock
@@ -46,7 +46,7 @@ Key = str | tuple[object, ...]
 current_work: ContextVar[str | None] = ContextVar("concurrency_safe_work", default=None)
 
 #: The locks that the running thread or task holds, innermost last. Weak: it must not keep a forgotten one alive.
-_stack: ContextVar[tuple[weakref.ref[HeldLock], ...]] = ContextVar("concurrency_safe", default=())
+_stack: ContextVar[tuple[_Net, ...]] = ContextVar("concurrency_safe", default=())
 
 #: Locks acquired without a block: they are held until they are released, whether or not anybody keeps the result.
 _kept: set[HeldLock] = set()
@@ -157,18 +157,16 @@ class HeldLock:
         "_active",
         "_callbacks",
         "_connection",
-        "_entered",
+        "_footing",
         "_key",
         "_lost",
+        "_net",
         "_pid",
         "_settings",
         "_since",
         "_space",
-        "claim",
-        "counted",
         "token",
         "waited",
-        "work",
     )
 
     def __init__(self, key: LockKey, settings: Settings) -> None:
@@ -178,19 +176,18 @@ class HeldLock:
         self._pid = os.getpid()
         self._space: LockSpace | None = None
         self._connection: tuple[BaseDatabaseWrapper, object] | None = None
-        self._entered: weakref.ref[HeldLock] | None = None
         self._callbacks: tuple[Callable[[HeldLock], object], ...] = ()
         self._lost = False
         self._since = time.monotonic()
-        #: See `ownership.Claimant`.
-        self.claim: Claim | None = None
-        self.counted = False
-        self.work = current_work.get()
         self._active = False
         #: Seconds that the acquisition took.
         self.waited = 0.0
         #: The fencing token; None: fencing is not enabled.
         self.token: int | None = None
+        self._footing = Footing(current_work.get())
+        self._net: _Net | None = _Net(self, _catch)
+        self._net.footing = self._footing
+        _nets.add(self._net)
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys, as text."""
@@ -254,10 +251,10 @@ class HeldLock:
         self._emit("acquired", waited=self.waited)
 
     def _acquire_in_session(self, space: LockSpace, timeout: float | None, deadline: float | None) -> Steps[None]:
-        blocker = yield from space.claims.enter(self, self._key, current_owner(), deadline)
+        blocker = yield from space.claims.enter(self._footing, self._key, current_owner(), deadline)
         if blocker is not None:
             raise self._conflict(timeout, _describe(blocker))
-        claim = self.claim
+        claim = self._footing.claim
         if claim is None or claim.count > 1:
             return  # the owner holds it already
         if not (yield from space.backend.acquire(claim, self._key, deadline, timeout)):
@@ -273,7 +270,7 @@ class HeldLock:
         if space.claims.find(self._key, current_owner()) is not None:
             # A block around the transaction holds it, on a session: that session would not let our transaction in.
             self._space = space
-            drive(space.claims.enter(self, self._key, current_owner(), deadline))
+            drive(space.claims.enter(self._footing, self._key, current_owner(), deadline))
             return
         attempt = TransactionLock(connection, self._key, timeout, settings.max_block)
         if not attempt.acquire(deadline):
@@ -287,16 +284,16 @@ class HeldLock:
 
     def _enter_context(self) -> None:
         self._active = True
-        entered = self._entered = weakref.ref(self)
-        _stack.set((*_stack.get(), entered))
+        if self._net is not None:
+            _stack.set((*_stack.get(), self._net))
 
     # The ways out.
 
     def _release(self, error: BaseException | None) -> None:
         """Release; `error`: what the body raised, which a loss must not hide."""
         try:
-            self._leave_context()
             released = self._give_up()
+            self._leave_context()
         except BaseException:
             self._abandon()
             raise
@@ -308,33 +305,27 @@ class HeldLock:
 
     def _give_up(self) -> bool:
         """Release what the acquisition stands on; False when it was gone already."""
-        claim, space = self.claim, self._space
+        claim, space = self._footing.claim, self._space
         released = True
         if claim is not None and space is not None:
             if claim.count == 1:
                 released = drive(space.backend.release(claim, self._key))
-            space.claims.drop(self)
+            self._footing.drop()
         self._active = False
         return released
 
     def _abandon(self) -> None:
         """Undo whatever was reached: end the session that holds or awaits the lock. Twice is the same as once."""
         self._active = False
+        self._footing.drop()
         self._leave_context()
-        if self._space is not None and self._pid == os.getpid():
-            self._space.claims.drop(self)
 
     def _leave_context(self) -> None:
-        entered, self._entered = self._entered, None
-        if entered is not None:
-            _stack.set(tuple(other for other in _stack.get() if other is not entered))
+        net, self._net = self._net, None
+        if net is not None:
+            _nets.discard(net)
+            _stack.set(tuple(other for other in _stack.get() if other is not net))
         _kept.discard(self)
-
-    def __del__(self) -> None:
-        """End the session of a lock whose block was left by an exception that hit `__exit__` itself."""
-        # An exception can hit __init__, too: nothing is written down then.
-        if getattr(self, "claim", None) is not None and self._space is not None and self._pid == os.getpid():
-            self._space.claims.drop(self)
 
     # Loss.
 
@@ -342,7 +333,7 @@ class HeldLock:
         if self._connection is not None:
             connection, raw = self._connection
             return connection.connection is not raw
-        session = self.claim.session if self.claim is not None else None
+        session = self._footing.claim.session if self._footing.claim is not None else None
         return session is not None and session.is_dead()
 
     def _tell_lost(self) -> None:
@@ -369,6 +360,27 @@ class HeldLock:
     def _emit(self, kind: str, **fields: object) -> None:
         if kind == "conflicted" or instrumentation.hooked():
             instrumentation.emit(LockEvent(kind, self.keys, **fields))
+
+
+class _Net(weakref.ref["HeldLock"]):
+    """Catches a lock whose block was left by an exception that hit `__exit__` before its first line.
+
+    A weak reference with a callback, since a `__del__` would run at every end of a lock, and swallow whatever a signal
+    handler raises just then.
+    """
+
+    __slots__ = ("footing",)
+
+    footing: Footing
+
+
+_nets: set[_Net] = set()
+
+
+def _catch(net: _Net) -> None:
+    """End the session of a lock that nobody can release any more."""
+    _nets.discard(net)
+    net.footing.drop()
 
 
 def current_lock() -> HeldLock | None:

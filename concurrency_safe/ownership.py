@@ -74,15 +74,23 @@ class Claim:
         self.queue: deque[Claim] | None = None
 
 
-class Claimant(Protocol):
-    """An acquisition: what it stands on is written into it step by step, so that it can be undone at any point."""
+class Footing:
+    """What one acquisition stands on, written down step by step, so that it can be undone at any point."""
 
-    claim: Claim | None
-    counted: bool
+    __slots__ = ("claim", "counted", "ownership", "work")
 
-    @property
-    def work(self) -> str | None:
-        """Whose work it is for (a task's id), or None."""
+    def __init__(self, work: str | None) -> None:
+        """Stand on nothing. `work`: see `Claim`."""
+        self.work = work
+        self.ownership: Ownership | None = None
+        self.claim: Claim | None = None
+        #: Whether `claim.count` counts this acquisition.
+        self.counted = False
+
+    def drop(self) -> None:
+        """Undo whatever was reached. Twice is the same as once."""
+        if self.ownership is not None:
+            self.ownership.drop(self)
 
 
 class Ownership:
@@ -112,20 +120,21 @@ class Ownership:
         _refuse_collision(claim.key, key)
         return claim
 
-    def enter(self, claimant: Claimant, key: LockKey, owner: object, deadline: float | None) -> Steps[Claim | None]:
+    def enter(self, footing: Footing, key: LockKey, owner: object, deadline: float | None) -> Steps[Claim | None]:
         """Make `owner` the one of this process who may take `key`, by the monotonic time `deadline` (None: whenever).
 
         Returns: None, or the claim of the one who kept it past the deadline.
         Raises: LockCapacityError, ConfigurationError.
         """
+        footing.ownership = self
         held = self.find(key, owner)
         if held is not None:
             # No call in these three lines, so no exception can come between them.
-            claimant.claim = held
+            footing.claim = held
             held.count += 1
-            claimant.counted = True
+            footing.counted = True
             return None
-        mine = claimant.claim = Claim(key, owner, claimant.work)
+        mine = footing.claim = Claim(key, owner, footing.work)
         with self._mutex:
             if len(self._claims) >= self._max_held and key.number not in self._claims:
                 raise LockCapacityError(
@@ -147,17 +156,17 @@ class Ownership:
             again = now + LOOK_AGAIN
             yield GateWait(mine.gate, again if deadline is None else min(again, deadline))
         mine.count = 1
-        claimant.counted = True
+        footing.counted = True
         return None
 
-    def drop(self, claimant: Claimant) -> None:
-        """Undo what `claimant` stands on, whatever it is; the session ends with the last acquisition on a claim."""
-        claim = claimant.claim
-        if claim is None:
+    def drop(self, footing: Footing) -> None:
+        """Undo what `footing` says; the session of a claim ends with the last acquisition that stands on it."""
+        claim = footing.claim
+        if claim is None or self._pid != os.getpid():
             return
-        if claimant.counted:
+        if footing.counted:
             claim.count -= 1
-            claimant.counted = False
+            footing.counted = False
         if claim.count == 0:
             try:
                 session, claim.session = claim.session, None
@@ -165,7 +174,7 @@ class Ownership:
                     session.discard()
             finally:
                 self.leave(claim)
-        claimant.claim = None
+        footing.claim = None
 
     def leave(self, claim: Claim) -> None:
         """Give up the key, or the place in the queue; the first in the queue is the next owner."""

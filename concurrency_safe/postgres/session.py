@@ -39,7 +39,8 @@ CONNECTION_DEFAULTS: Mapping[str, str] = {
 #: Oldest server that is supported, as libpq numbers it.
 OLDEST_SERVER = 130000
 
-_sessions: weakref.WeakSet[LockSession] = weakref.WeakSet()
+#: Every session of this process. No WeakSet: its callbacks would swallow what a signal handler raises in them.
+_sessions: dict[int, weakref.ref[LockSession]] = {}
 
 
 class LockSession:
@@ -55,7 +56,7 @@ class LockSession:
         self.idle_since = 0.0
         #: The application_name that was set last; None: unknown, so the next user sets it.
         self.name: str | None = None
-        _sessions.add(self)
+        _sessions[id(self)] = weakref.ref(self)
 
     def try_acquire(self, number: bytes, name: str) -> Steps[bool]:
         """See `protocol.try_acquire`; the name is sent only when it is another than the session's."""
@@ -101,6 +102,7 @@ class LockSession:
                 cancel_statement(self.pgconn)
         finally:
             self.pgconn.finish()
+            _sessions.pop(id(self), None)
 
 
 def cancel_statement(pgconn: PGconn) -> None:
@@ -212,9 +214,11 @@ def _drop_in_child() -> None:
 
     A polite farewell would end the parent's session; an open copy would keep its locks alive after its death.
     """
-    for session in list(_sessions):
-        with contextlib.suppress(OSError, OperationalError):
-            os.close(session.pgconn.socket)
+    for reference in _sessions.values():
+        session = reference()
+        if session is not None:
+            with contextlib.suppress(OSError, OperationalError):
+                os.close(session.pgconn.socket)
     _sessions.clear()
 
 

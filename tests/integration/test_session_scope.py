@@ -136,7 +136,7 @@ def test_threads_of_one_process_exclude_each_other(store: LockStore) -> None:
 def test_threads_of_one_process_queue_in_order(store: LockStore) -> None:
     order: list[int] = []
     held = lock("one").acquire()
-    claim = held.claim
+    claim = held._footing.claim
     assert claim is not None
 
     def work(number: int) -> None:
