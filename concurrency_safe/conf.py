@@ -63,12 +63,22 @@ class Settings:
         for name in ("using", "namespace"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), str), "a text")
         _require("using", self.using, bool(self.using), "the name of a database alias")
-        _require("dsn", "***", self.dsn is None or (isinstance(self.dsn, str) and bool(self.dsn)), "a DSN or None")
+        _require(
+            "dsn",
+            "***",
+            self.dsn is None or (isinstance(self.dsn, str) and bool(self.dsn)),
+            "a DSN or None",
+        )
         for name in ("fencing", "enabled"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         _require("on_lost", self.on_lost, self.on_lost in ("raise", "log"), "'raise' or 'log'")
         _require("pooler", self.pooler, self.pooler in (None, "transaction"), "None or 'transaction'")
-        _require("pooler", self.pooler, self.pooler is None, "in this release; connect the library directly")
+        _require(
+            "pooler",
+            self.pooler,
+            self.pooler is None,
+            "in this release; connect the library directly",
+        )
         _require("fencing", self.fencing, not self.fencing, "in this release")
 
 
@@ -92,7 +102,7 @@ def configure(**settings: Any) -> None:
 
     Raises: ConfigurationError: an unknown name, or a bad value; nothing is changed then.
     """
-    global _configured, _cached  # noqa: PLW0603 - one set of settings a process
+    global _configured, _cached
     for name in settings:
         if name not in _NAMES:
             raise ConfigurationError(f"configure() has no setting {name!r}{nearest(name, _NAMES)}")
@@ -103,7 +113,7 @@ def configure(**settings: Any) -> None:
 
 def reset() -> None:
     """Forget what `configure()` was told."""
-    global _configured, _cached  # noqa: PLW0603 - one set of settings a process
+    global _configured, _cached
     _configured, _cached = {}, None
 
 
@@ -142,7 +152,7 @@ def _from_environment() -> dict[str, Any]:
 def _from_django() -> dict[str, Any]:
     if not django_is_configured():
         return {}
-    from django.conf import settings  # noqa: PLC0415 - Django is optional here
+    from django.conf import settings
 
     _listen()
     given = getattr(settings, "CONCURRENCY_SAFE", {})
@@ -159,7 +169,7 @@ def _listen() -> None:
     """Read the settings anew when a test overrides them."""
     global _listening  # noqa: PLW0603 - once a process
     if not _listening:
-        from django.core.signals import setting_changed  # noqa: PLC0415 - Django is optional here
+        from django.core.signals import setting_changed
 
         setting_changed.connect(_forget, dispatch_uid="concurrency_safe.conf")
         _listening = True

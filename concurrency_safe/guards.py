@@ -142,7 +142,11 @@ class Guard:
             return self._resolve(error, args, kwargs, verbs)
 
     def _resolve(
-        self, error: LockAcquireTimeout | LockUnavailable, args: tuple[Any, ...], kwargs: Mapping[str, Any], verbs: Verbs
+        self,
+        error: LockAcquireTimeout | LockUnavailable,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verbs: Verbs,
     ) -> Any:
         """Do what the policy says about a lock that was not acquired."""
         policy = self.policy

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from concurrency_safe import instrumentation
 from concurrency_safe.conf import Settings, get_settings
@@ -24,12 +24,16 @@ from concurrency_safe.core.errors import (
     LockNotHeld,
     LockReentrancyError,
 )
-from concurrency_safe.core.events import LockEvent
+from concurrency_safe.core.events import EventKind, LockEvent
 from concurrency_safe.core.keys import LockKey, lock_key
 from concurrency_safe.core.options import UNSET, LockOptions
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.ownership import Claim, Footing, current_owner
-from concurrency_safe.postgres.alias import in_transaction, others_in_transaction, require_postgresql
+from concurrency_safe.postgres.alias import (
+    in_transaction,
+    others_in_transaction,
+    require_postgresql,
+)
 from concurrency_safe.postgres.inspect import describe_work
 from concurrency_safe.postgres.transaction import TransactionLock
 from concurrency_safe.postgres.waiting import drive
@@ -54,7 +58,7 @@ _kept: set[HeldLock] = set()
 
 def lock(
     *keys: Key,
-    timeout: float | None | object = UNSET,
+    timeout: float | object | None = UNSET,
     shared: bool = False,
     slots: int = 1,
     scope: str = "auto",
@@ -80,7 +84,13 @@ def lock(
         LockAcquireTimeout, LockUnavailable, LockInTransaction, LockReentrancyError, LockCapacityError: By `with`.
     """
     options = LockOptions(
-        timeout=timeout, shared=shared, slots=slots, scope=scope, using=using, backend=backend, max_waiters=max_waiters
+        timeout=timeout,
+        shared=shared,
+        slots=slots,
+        scope=scope,
+        using=using,
+        backend=backend,
+        max_waiters=max_waiters,
     )
     single = Lock(keys, options)
     lock_key(keys[0])  # a bad key is an error of this line, not of the `with`
@@ -109,7 +119,8 @@ class Lock:
         """Acquire the lock."""
         if self._held is not None or self.failure is not None:
             raise LockReentrancyError(
-                f"lock {self._key!r} was entered already; a Lock is one acquisition: call lock(...) again", str(self._key)
+                f"lock {self._key!r} was entered already; a Lock is one acquisition: call lock(...) again",
+                str(self._key),
             )
         settings = get_settings()
         held = self._held = HeldLock(lock_key(self._key, settings.namespace), settings)
@@ -125,7 +136,10 @@ class Lock:
             raise
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Release the lock; in transaction scope it stays until the commit or rollback."""
         if self._held is not None and self._held.is_active:
@@ -143,7 +157,9 @@ class Lock:
 
     async def __aenter__(self) -> NoReturn:
         """Refuse: async support is not in this release."""
-        raise ConfigurationError("`async with lock(...)` is not in this release; use `with` in a thread (sync_to_async)")
+        raise ConfigurationError(
+            "`async with lock(...)` is not in this release; use `with` in a thread (sync_to_async)"
+        )
 
     async def __aexit__(self, *exc: object) -> None:
         """Do nothing: nothing was entered."""
@@ -188,6 +204,7 @@ class HeldLock:
         self._net: _Net | None = _Net(self, _catch)
         self._net.footing = self._footing
         _nets.add(self._net)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys, as text."""
@@ -231,7 +248,10 @@ class HeldLock:
         Raises: LockNotHeld: it was released before. LockLost: it had gone away.
         """
         if not self.is_active:
-            raise LockNotHeld(f"lock {self._key.text!r} was released already, or by another process", self._key.text)
+            raise LockNotHeld(
+                f"lock {self._key.text!r} was released already, or by another process",
+                self._key.text,
+            )
         self._release(None)
 
     # The way in. `Lock.__enter__` calls `_abandon` after anything but success.
@@ -242,7 +262,11 @@ class HeldLock:
         self._since = time.monotonic()
         deadline = None if timeout is None else self._since + timeout
         connection = django_connection(options.using, settings)
-        if _is_transactional(options, connection, settings, self._key):
+        if connection is None and options.scope == "transaction":
+            raise ConfigurationError(
+                f"lock {self._key.text!r}: scope='transaction' needs a Django connection, and Django is not configured"
+            )
+        if connection is not None and _is_transactional(options, connection, self._key):
             self._acquire_in_transaction(connection, timeout, deadline)
         else:
             self._space = space_for(connection, settings)
@@ -262,7 +286,9 @@ class HeldLock:
             space.backend.give_back(claim)
             raise self._conflict(timeout, ", ".join(map(str, holders)) or None)
 
-    def _acquire_in_transaction(self, connection: BaseDatabaseWrapper, timeout: float | None, deadline: float | None) -> None:
+    def _acquire_in_transaction(
+        self, connection: BaseDatabaseWrapper, timeout: float | None, deadline: float | None
+    ) -> None:
         settings = self._settings
         if settings.dsn is not None:
             require_one_space(connection, settings.dsn)
@@ -357,7 +383,7 @@ class HeldLock:
             self._key.text,
         )
 
-    def _emit(self, kind: str, **fields: object) -> None:
+    def _emit(self, kind: EventKind, **fields: Any) -> None:
         if kind == "conflicted" or instrumentation.hooked():
             instrumentation.emit(LockEvent(kind, self.keys, **fields))
 
@@ -412,18 +438,12 @@ def assert_locked(*keys: Key) -> None:
         held.check()
 
 
-def _is_transactional(
-    options: LockOptions, connection: BaseDatabaseWrapper | None, settings: Settings, key: LockKey
-) -> bool:
+def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, key: LockKey) -> bool:
     """Decide whether the lock is held by the transaction of `connection`.
 
     Raises: LockInTransaction, ConfigurationError.
     """
     scope = options.scope
-    if connection is None:
-        if scope == "transaction":
-            raise ConfigurationError(f"lock {key.text!r}: scope='transaction' needs a Django connection, and Django is not configured")
-        return False
     inside = in_transaction(connection)
     if scope == "transaction" and not inside:
         raise LockInTransaction(
@@ -431,12 +451,14 @@ def _is_transactional(
             "put the lock inside atomic()",
             key.text,
         )
-    if scope == "detached" or (not inside and not (other := next(others_in_transaction(connection.alias), None))):
+    if scope == "detached":
         return False
     if inside and scope != "session":
         require_postgresql(connection)
         return True
-    where = connection.alias if inside else other
+    where = connection.alias if inside else next(others_in_transaction(connection.alias), None)
+    if where is None:
+        return False
     raise LockInTransaction(
         f"lock {key.text!r} would be released before the transaction on {where!r} commits, and its updates could be lost; "
         f"take the lock outside atomic(), or on that transaction (scope='auto' or 'transaction', using={where!r}), "

@@ -15,24 +15,18 @@ import os
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from concurrency_safe.core.errors import ConfigurationError, LockCapacityError
 from concurrency_safe.core.steps import GateWait, Steps
 
 if TYPE_CHECKING:
     from concurrency_safe.core.keys import LockKey
+    from concurrency_safe.core.sessions import LockSession
 
 #: Seconds after which a waiter looks for itself whether it is its turn: the bell can be lost when its ringer is
 #: interrupted between two calls.
 LOOK_AGAIN = 0.25
-
-
-class Session(Protocol):
-    """What a claim must be able to do with the session that holds its lock."""
-
-    def discard(self) -> None:
-        """End the session, and with it the lock."""
 
 
 class ThreadGate:
@@ -68,7 +62,7 @@ class Claim:
         #: How many acquisitions of the owner stand on this claim; 0 while it waits.
         self.count = 0
         #: The session that holds the lock in the server, or is about to.
-        self.session: Session | None = None
+        self.session: LockSession | None = None
         self.gate = ThreadGate()
         self.gone = False
         self.queue: deque[Claim] | None = None

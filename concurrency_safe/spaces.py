@@ -65,7 +65,11 @@ def require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> None:
 
 def _dsn_of(connection: BaseDatabaseWrapper) -> str:
     given = connection.settings_dict
-    where = (connection.alias, connection.vendor, *(given[name] for name in ("NAME", "HOST", "PORT", "USER", "PASSWORD")))
+    where = (
+        connection.alias,
+        connection.vendor,
+        *(given[name] for name in ("NAME", "HOST", "PORT", "USER", "PASSWORD")),
+    )
     dsn = _alias_dsns.get(where)
     if dsn is None:
         dsn = _alias_dsns[where] = aliases.dsn_of(connection)
@@ -78,7 +82,10 @@ def _space(dsn: str, settings: Settings) -> LockSpace:
     space = _spaces.get(name)
     if space is None:
         backend = PostgresBackend(
-            dsn, pool_size=settings.pool_size, pool_idle=settings.pool_idle, max_block=settings.max_block
+            dsn,
+            pool_size=settings.pool_size,
+            pool_idle=settings.pool_idle,
+            max_block=settings.max_block,
         )
         # setdefault: of two threads that come here first, both must get the same claims.
         space = _spaces.setdefault(name, LockSpace(backend, Ownership(settings.max_held)))

@@ -28,7 +28,9 @@ def canonical(value: object) -> str:
     """
     plain = _plain(value)
     if plain is None or plain == "":
-        raise KeyTemplateError(f"{value!r} in a key would make strangers share a lock; give a value, or leave the call unguarded")
+        raise KeyTemplateError(
+            f"{value!r} in a key would make strangers share a lock; give a value, or leave the call unguarded"
+        )
     if isinstance(plain, float):
         _refuse_no_number(plain)
         return repr(plain)

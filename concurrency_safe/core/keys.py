@@ -72,7 +72,9 @@ def check_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise KeyTemplateError(f"the key {text!r} holds half a character (a lone surrogate); it has no bytes in UTF-8") from None
+        raise KeyTemplateError(
+            f"the key {text!r} holds half a character (a lone surrogate); it has no bytes in UTF-8"
+        ) from None
     return str.__str__(text)
 
 

@@ -48,7 +48,9 @@ class LockOptions:
         if not isinstance(self.timeout, Unset):
             check_timeout("timeout", self.timeout)
         if self.scope not in SCOPES:
-            raise ConfigurationError(f"scope={self.scope!r} is none of {', '.join(map(repr, SCOPES))}{nearest(self.scope, SCOPES)}")
+            raise ConfigurationError(
+                f"scope={self.scope!r} is none of {', '.join(map(repr, SCOPES))}{nearest(self.scope, SCOPES)}"
+            )
         if not isinstance(self.shared, bool):
             raise ConfigurationError(f"shared={self.shared!r} is neither True nor False")
         check_count("slots", self.slots, at_least=1)

@@ -76,7 +76,9 @@ class Retry:
         if self.limit is not None:
             check_count("Retry(limit)", self.limit, at_least=0)
         if self.max_delay < self.delay:
-            raise ConfigurationError(f"Retry(delay={self.delay!r}, max_delay={self.max_delay!r}): the delay exceeds its maximum")
+            raise ConfigurationError(
+                f"Retry(delay={self.delay!r}, max_delay={self.max_delay!r}): the delay exceeds its maximum"
+            )
 
     def next_delay(self, conflicts: int, chance: Callable[[], float]) -> float:
         """Give the seconds until the next try, after `conflicts` earlier ones (0: this is the first).
@@ -114,7 +116,9 @@ def resolve_policy(value: object) -> ConflictPolicy:
         if value in (Raise, Skip, Retry):
             policy: ConflictPolicy = value()
             return policy
-        raise ConfigurationError(f"on_conflict={value.__module__}.{value.__qualname__} is a class{_foreign(value)}; {_CHOICES}")
+        raise ConfigurationError(
+            f"on_conflict={value.__module__}.{value.__qualname__} is a class{_foreign(value)}; {_CHOICES}"
+        )
     if isinstance(value, BaseException):
         raise ConfigurationError(f"on_conflict={value!r} is an exception{_foreign(type(value))}; {_CHOICES}")
     if callable(value):
@@ -133,5 +137,11 @@ def _foreign(kind: type) -> str:
 
 
 def _check_seconds(name: str, value: object, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or math.isinf(value) or value < least:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or math.isnan(value)
+        or math.isinf(value)
+        or value < least
+    ):
         raise ConfigurationError(f"Retry({name}={value!r}) is not a number >= {least:g}")

@@ -71,7 +71,9 @@ class KeyTemplate:
             return Rendered(key)
         if isinstance(key, tuple) and key:
             return tuple(Rendered(canonical(part)) for part in key)
-        raise KeyTemplateError(f"the key function of {self._name} returned {key!r}; it must give a text or a tuple of parts")
+        raise KeyTemplateError(
+            f"the key function of {self._name} returned {key!r}; it must give a text or a tuple of parts"
+        )
 
     def _part(self, template: str) -> _Part:
         part = _Part.parse(template)
@@ -171,11 +173,20 @@ class _Field:
         self.name = str(first)
         self._steps: list[tuple[bool, str | int]] = list(steps)
         if first == "" or isinstance(first, int):
-            raise KeyTemplateError(f"key template {template!r} has a field by position; name the argument: {{user_id}}", template)
+            raise KeyTemplateError(
+                f"key template {template!r} has a field by position; name the argument: {{user_id}}",
+                template,
+            )
         if not self.name.isidentifier() or "{" in spec:
-            raise KeyTemplateError(f"key template {template!r}: {{{path}:{spec}}} is not the field of an argument", template)
+            raise KeyTemplateError(
+                f"key template {template!r}: {{{path}:{spec}}} is not the field of an argument",
+                template,
+            )
         if any(is_attribute and str(step).startswith("__") for is_attribute, step in self._steps):
-            raise KeyTemplateError(f"key template {template!r}: {{{path}}} reaches into Python's own attributes", template)
+            raise KeyTemplateError(
+                f"key template {template!r}: {{{path}}} reaches into Python's own attributes",
+                template,
+            )
 
     def render(self, fields: _Fields) -> str:
         try:

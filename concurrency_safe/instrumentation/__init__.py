@@ -17,7 +17,10 @@ def log_event(event: LockEvent) -> None:
     extra = {"lock_event": event.kind, "lock_keys": event.keys, "lock_holder": event.holder}
     if event.kind == "conflicted":
         logger.info(
-            "lock %s is taken (%s)", ", ".join(map(repr, event.keys)), event.holder or "holder unknown", extra=extra
+            "lock %s is taken (%s)",
+            ", ".join(map(repr, event.keys)),
+            event.holder or "holder unknown",
+            extra=extra,
         )
     elif event.kind == "lost":
         logger.error("lock %s was lost while it was held", ", ".join(map(repr, event.keys)), extra=extra)

@@ -25,8 +25,8 @@ def connection_of(alias: str) -> BaseDatabaseWrapper:
 
     Raises: ConfigurationError: there is no such alias.
     """
-    from django.db import connections  # noqa: PLC0415 - Django is optional here
-    from django.utils.connection import ConnectionDoesNotExist  # noqa: PLC0415 - likewise
+    from django.db import connections
+    from django.utils.connection import ConnectionDoesNotExist
 
     try:
         connection: BaseDatabaseWrapper = connections[alias]
@@ -51,7 +51,7 @@ def in_transaction(connection: BaseDatabaseWrapper) -> bool:
 
 def others_in_transaction(alias: str) -> Iterator[str]:
     """Name the other aliases of this thread that are inside a transaction."""
-    from django.db import connections  # noqa: PLC0415 - Django is optional here
+    from django.db import connections
 
     for connection in connections.all(initialized_only=True):
         if connection.alias != alias and in_transaction(connection):
@@ -76,7 +76,9 @@ def dsn_of(connection: BaseDatabaseWrapper) -> str:
     require_postgresql(connection)
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     params = connection.get_connection_params()
-    return conninfo.make_conninfo(**{name: value for name, value in params.items() if name in known and value is not None})
+    return conninfo.make_conninfo(
+        **{name: value for name, value in params.items() if name in known and value is not None}
+    )
 
 
 def verify_one_space(dsn: str, alias_dsn: str, alias: str) -> Steps[None]:
@@ -119,7 +121,7 @@ def before_test_database_is_dropped(connection: BaseDatabaseWrapper, close: Call
 
     Django has no signal for it, so its method is wrapped, on the class (each thread has a connection of its own).
     """
-    from django.test import utils  # noqa: PLC0415 - Django is optional here
+    from django.test import utils
 
     creation: Any = type(connection.creation)
     if not hasattr(utils._TestState, "saved_data") or hasattr(creation, "_concurrency_safe"):  # noqa: SLF001

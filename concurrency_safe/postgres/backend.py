@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
 
 from concurrency_safe.core.errors import (
     ConcurrencySafeError,
@@ -12,23 +11,14 @@ from concurrency_safe.core.errors import (
     LockUnavailable,
 )
 from concurrency_safe.core.keys import LockKey
+from concurrency_safe.core.sessions import Slot
 from concurrency_safe.core.steps import Steps
 
 from . import sql
 from .inspect import Holder, holders_of, session_name
 from .pool import SessionPool
 from .protocol import ServerGoneError, ServerRefusedError
-from .session import LockSession, complete_conninfo, open_session
-
-
-class Slot(Protocol):
-    """Where a session is written down before it can hold anything: whoever owns the slot ends the session."""
-
-    session: LockSession | None
-
-    @property
-    def work(self) -> str | None:
-        """Whose work the lock is for (a task's id), for those who meet it."""
+from .session import complete_conninfo, open_session
 
 
 class PostgresBackend:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
 
-
 #: PostgreSQL cuts an application_name at 63 bytes.
 _NAME_BYTES = 63
 _HOST_BYTES = 15
@@ -49,11 +48,17 @@ class Holder(NamedTuple):
             host, pid, *work = rest.split(":", 2)
             what = f" {describe_work(work[0])}" if work else ""
             return f"{host} pid {pid}{what} (server process {self.pid})"
-        words = [self.application and repr(self.application), self.address and f"from {self.address}"]
+        words = [
+            self.application and repr(self.application),
+            self.address and f"from {self.address}",
+        ]
         return " ".join(["server process", str(self.pid), *filter(None, words)])
 
 
 def holders_of(result: PGresult) -> list[Holder]:
     """Read the rows of `sql.HOLDERS`."""
-    texts = [[(result.get_value(row, column) or b"").decode(errors="replace") for column in range(3)] for row in range(result.ntuples)]
+    texts = [
+        [(result.get_value(row, column) or b"").decode(errors="replace") for column in range(3)]
+        for row in range(result.ntuples)
+    ]
     return [Holder(int(pid), application, address) for pid, application, address in texts]

@@ -184,9 +184,7 @@ def refuse_impostor(product: str, version: int) -> None:
             f"the lock store is {product!r}; its advisory locks do not exclude: use PostgreSQL 13 or later"
         )
     if version < OLDEST_SERVER:
-        raise ConfigurationError(
-            f"the lock store is PostgreSQL {version // 10000}; at least 13 is needed"
-        )
+        raise ConfigurationError(f"the lock store is PostgreSQL {version // 10000}; at least 13 is needed")
 
 
 def _refuse_transaction_pooling(info: str, pgconn: PGconn, pid: int) -> Steps[None]:

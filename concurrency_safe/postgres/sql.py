@@ -80,18 +80,14 @@ def session_setup(server_version: int, *, check_interval: bool = True) -> bytes:
         for since, name, value in SESSION_SETTINGS
         if server_version >= since and (check_interval or name != "client_connection_check_interval")
     ]
-    return ", ".join(
-        ["SELECT pg_backend_pid()", "pg_is_in_recovery()", "version()", *settings]
-    ).encode()
+    return ", ".join(["SELECT pg_backend_pid()", "pg_is_in_recovery()", "version()", *settings]).encode()
 
 
 # Transaction scope, on Django's connection (its driver's placeholders).
 TRY_IN_TRANSACTION = "SELECT pg_try_advisory_xact_lock(%s)"
 WAIT_IN_TRANSACTION = "SELECT pg_advisory_xact_lock(%s)"
 TIMEOUTS_IN_TRANSACTION = "SELECT current_setting('lock_timeout'), current_setting('statement_timeout')"
-SET_TIMEOUTS_IN_TRANSACTION = (
-    "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)"
-)
+SET_TIMEOUTS_IN_TRANSACTION = "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)"
 
 LOCK_NOT_AVAILABLE = "55P03"
 DEADLOCK_DETECTED = "40P01"

@@ -22,7 +22,6 @@ from .waiting import drive
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
-
     from psycopg.pq.abc import PGconn
 
     from concurrency_safe.core.keys import LockKey
@@ -50,7 +49,7 @@ class TransactionLock:
         Returns: False when others kept it past the monotonic time `deadline`; the transaction is as it was then.
         Raises: LockUnavailable, LockDeadlock, LockCapacityError.
         """
-        from django.db import InterfaceError, OperationalError  # noqa: PLC0415 - Django is optional here
+        from django.db import InterfaceError, OperationalError
 
         started = time.monotonic()
         try:
@@ -90,7 +89,7 @@ class TransactionLock:
 
     def _wait_piece(self, until: float) -> bool:
         """Block in the server for the `lock_timeout` that is set; False when it passed."""
-        from django.db import OperationalError  # noqa: PLC0415 - Django is optional here
+        from django.db import OperationalError
 
         raw = self._raw()
         try:
@@ -110,7 +109,7 @@ class TransactionLock:
 
     def _recover(self) -> None:
         """Bring the transaction back to where it was before the wait; close the connection when that can't be done."""
-        from django.db import Error  # noqa: PLC0415 - Django is optional here
+        from django.db import Error
 
         raw = self._raw()
         try:

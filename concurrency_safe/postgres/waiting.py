@@ -56,9 +56,7 @@ if hasattr(select, "poll"):
         The name is looked up in `select` at each call: gevent replaces it, and the wait is cooperative then.
         """
         poll = select.poll()
-        poll.register(
-            fd, (select.POLLIN if events & READ else 0) | (select.POLLOUT if events & WRITE else 0)
-        )
+        poll.register(fd, (select.POLLIN if events & READ else 0) | (select.POLLOUT if events & WRITE else 0))
         # Rounded up, or the last millisecond of a deadline would be spent spinning.
         return bool(poll.poll(timeout * 1000 + 0.999))
 

@@ -60,14 +60,10 @@ class SupervisedProcess:
         """The file that has the server's output."""
         return self.scratch / "log"
 
-    def run(
-        self, argv: Sequence[str | Path], *, env: Mapping[str, str], identity: str = "self"
-    ) -> str:
+    def run(self, argv: Sequence[str | Path], *, env: Mapping[str, str], identity: str = "self") -> str:
         """Run a command beside the server and return its output."""
         words = [str(word) for word in argv]
-        reply = self._ask(
-            "run", argv=words, env=dict(env), identity=identity, timeout=COMMAND_LIMIT
-        )
+        reply = self._ask("run", argv=words, env=dict(env), identity=identity, timeout=COMMAND_LIMIT)
         if reply["code"] != 0:
             ended = "took too long" if reply["code"] is None else f"gave {reply['code']}"
             raise ServerError(f"{' '.join(words)} {ended}: {reply['output'].strip()}")
@@ -83,9 +79,7 @@ class SupervisedProcess:
     ) -> int:
         """Start the server and return its pid."""
         words = [str(word) for word in argv]
-        reply = self._ask(
-            "spawn", argv=words, env=dict(env), identity=identity, stop_signal=int(stop_signal)
-        )
+        reply = self._ask("spawn", argv=words, env=dict(env), identity=identity, stop_signal=int(stop_signal))
         return int(reply["pid"])
 
     def signal(self, signum: int) -> None:
@@ -123,9 +117,7 @@ class SupervisedProcess:
                 while reply["number"] != self._asked:
                     reply = self._read()
             except (OSError, EOFError) as error:
-                raise ServerError(
-                    "the server's supervisor has ended, and the server too"
-                ) from error
+                raise ServerError("the server's supervisor has ended, and the server too") from error
         if "error" in reply:
             raise ServerError(reply["error"])
         return reply

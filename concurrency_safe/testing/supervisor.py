@@ -84,9 +84,7 @@ class Supervisor:
 
     # Requests
 
-    def do_run(
-        self, argv: list[str], env: dict[str, str], identity: str, timeout: float
-    ) -> dict[str, Any]:
+    def do_run(self, argv: list[str], env: dict[str, str], identity: str, timeout: float) -> dict[str, Any]:
         """Run a command to its end."""
         with tempfile.TemporaryFile() as output:
             child = popen(argv, env, identity, signal.SIGKILL, output)
@@ -99,9 +97,7 @@ class Supervisor:
             text = output.read().decode(errors="replace")[-OUTPUT_LIMIT:]
         return {"code": code, "output": text}
 
-    def do_spawn(
-        self, argv: list[str], env: dict[str, str], identity: str, stop_signal: int
-    ) -> dict[str, Any]:
+    def do_spawn(self, argv: list[str], env: dict[str, str], identity: str, stop_signal: int) -> dict[str, Any]:
         """Start the server."""
         self.stop_signal = stop_signal
         self.server = popen(argv, env, identity, stop_signal, self.log)

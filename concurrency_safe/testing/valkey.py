@@ -24,9 +24,7 @@ class ValkeyServer(Server):
 
     _name = "valkey"
 
-    def __init__(
-        self, settings: Mapping[str, str] | None = None, *, port: int | None = None
-    ) -> None:
+    def __init__(self, settings: Mapping[str, str] | None = None, *, port: int | None = None) -> None:
         super().__init__(port)
         self.settings = dict(settings or {})
 

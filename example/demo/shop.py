@@ -40,10 +40,7 @@ class Shop:
                 "",
                 f"The shop is open at {address}/ until Ctrl-C. In another terminal:",
                 f"  curl {address}/",
-                *(
-                    f"  curl -X POST {address}/buy/{door}/play/"
-                    for door in ("unguarded", "guarded", "or-busy")
-                ),
+                *(f"  curl -X POST {address}/buy/{door}/play/" for door in ("unguarded", "guarded", "or-busy")),
                 "or, for scripts and tasks, from the folder of the project:",
                 *(f"  export {name}={os.environ[name]}" for name in names),
                 "  python -m example.manage buy play --times 3",

@@ -42,7 +42,7 @@ class LockStore:
         row = self.connection.execute(
             "SELECT count(*) FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid) WHERE l.locktype = 'advisory'"
             " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            f" AND l.pid <> pg_backend_pid() AND ({condition})"  # noqa: S608 - conditions are the tests' own
+            f" AND l.pid <> pg_backend_pid() AND ({condition})"
         ).fetchone()
         assert row
         return int(row[0])
@@ -56,8 +56,7 @@ class LockStore:
     def sessions(self) -> int:
         """Count the library's sessions in this database."""
         row = self.connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND application_name LIKE 'cs:%'"
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'cs:%'"
         ).fetchone()
         assert row
         return int(row[0])

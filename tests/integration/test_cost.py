@@ -36,18 +36,26 @@ for _ in range(10):
 def statements_of(program: str) -> list[str]:
     """Run `program` against a server of its own; return every statement that the server saw of it."""
     with PostgresServer(settings={"log_statement": "all"}) as server:
-        environment = {**os.environ, "DATABASE_URL": server.dsn, "DJANGO_SETTINGS_MODULE": "tests.settings"}
-        subprocess.run([sys.executable, "-c", program, server.dsn], check=True, env=environment)  # noqa: S603 - our own
+        environment = {
+            **os.environ,
+            "DATABASE_URL": server.dsn,
+            "DJANGO_SETTINGS_MODULE": "tests.settings",
+        }
+        subprocess.run([sys.executable, "-c", program, server.dsn], check=True, env=environment)
         return re.findall(r"(?:statement|execute [^:]*): (.*)", server.log.read_text())
 
 
 def test_a_warm_session_lock_is_two_statements() -> None:
     sent = statements_of(SESSION)
 
-    assert sent[-2 * ROUNDS :] == [
-        "SELECT pg_try_advisory_lock($1::bigint)",
-        "SELECT pg_advisory_unlock($1::bigint)",
-    ] * ROUNDS
+    assert (
+        sent[-2 * ROUNDS :]
+        == [
+            "SELECT pg_try_advisory_lock($1::bigint)",
+            "SELECT pg_advisory_unlock($1::bigint)",
+        ]
+        * ROUNDS
+    )
     assert len([text for text in sent if "advisory" in text]) == 2 * ROUNDS + 2
 
 

@@ -82,9 +82,7 @@ def bare_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(python: Path, code: str) -> subprocess.CompletedProcess[str]:
     # -I: neither this checkout nor the environment's variables count.
-    return subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, timeout=30, check=False, cwd="/"
-    )
+    return subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=30, check=False, cwd="/")
 
 
 def test_the_package_imports_with_its_own_requirements_alone(bare_python: Path) -> None:
@@ -107,9 +105,7 @@ def test_every_public_name_is_there(bare_python: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", ["celery"])
-def test_an_adapter_without_its_framework_says_what_to_install(
-    bare_python: Path, extra: str
-) -> None:
+def test_an_adapter_without_its_framework_says_what_to_install(bare_python: Path, extra: str) -> None:
     answer = run(bare_python, f"import concurrency_safe.contrib.{extra}")
 
     assert answer.returncode == 1

@@ -29,7 +29,7 @@ def test_processes_enter_in_the_order_in_which_they_came() -> None:
         processes = []
         for number in range(WAITERS):
             command = [sys.executable, "-c", WAITER, server.dsn, str(number)]
-            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))  # noqa: S603 - our own program
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
             wait_for(lambda number=number: store.waiting() == number + 1)
 
         before = server.log.read_text().count("pg_advisory_lock")

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 
-
 from concurrency_safe import LockAcquireTimeout, lock
 from tests.integration.conftest import LockStore, Rival
 
@@ -47,7 +46,7 @@ def contend() -> list[int]:
 
 
 def test_waits_that_time_out_at_the_grant_leave_nothing(dsn: str, store: LockStore, rival: Rival) -> None:
-    peers = [subprocess.Popen([sys.executable, "-c", PEER, dsn]) for _ in range(2)]  # noqa: S603 - our own program
+    peers = [subprocess.Popen([sys.executable, "-c", PEER, dsn]) for _ in range(2)]
 
     holds, conflicts = contend()
 

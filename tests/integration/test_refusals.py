@@ -44,9 +44,11 @@ except ConcurrencySafeError as error:
 
 def take(*arguments: str, program: str = TAKE) -> str:
     """Run `program` in a process without our environment's DSN; return what it printed."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")
+    }
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout  # noqa: S603
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def test_a_standby_is_refused() -> None:
@@ -81,8 +83,16 @@ def test_another_engine_with_a_lock_store_of_its_own_is_fine(engine: str) -> Non
 
 def test_no_store_at_all_is_an_error_that_says_how_to_name_one() -> None:
     program = "from concurrency_safe import lock\nwith lock('one'): print('the body ran')"
-    environment = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")}
-    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, env=environment)  # noqa: S603
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
     assert "the body ran" not in ran.stdout
     assert "ConfigurationError" in ran.stderr
@@ -93,7 +103,11 @@ def test_no_store_at_all_is_an_error_that_says_how_to_name_one() -> None:
     ("product", "version", "words"),
     [
         ("CockroachDB CCL v25.1.0", 130000, "do not exclude"),
-        ("PostgreSQL 8.0.2 on i686-pc-linux-gnu, compiled by GCC, Redshift 1.0", 80002, "do not exclude"),
+        (
+            "PostgreSQL 8.0.2 on i686-pc-linux-gnu, compiled by GCC, Redshift 1.0",
+            80002,
+            "do not exclude",
+        ),
         ("PostgreSQL 12.4", 120004, "at least 13"),
     ],
 )

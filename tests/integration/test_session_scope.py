@@ -65,7 +65,10 @@ def test_a_wait_ends_at_its_timeout(store: LockStore, rival: Rival) -> None:
     rival.hold("taken")
 
     started = time.monotonic()
-    with pytest.raises(LockAcquireTimeout, match=r"'taken'.*0\.3") as caught, lock("taken", timeout=0.3):
+    with (
+        pytest.raises(LockAcquireTimeout, match=r"'taken'.*0\.3") as caught,
+        lock("taken", timeout=0.3),
+    ):
         pytest.fail("the body ran unguarded")
 
     assert time.monotonic() - started >= 0.3
@@ -308,7 +311,9 @@ def test_locks_can_be_switched_off(store: LockStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"shared": True}, {"slots": 3}, {"backend": object()}, {"max_waiters": 1}], ids=lambda o: next(iter(o))
+    "options",
+    [{"shared": True}, {"slots": 3}, {"backend": object()}, {"max_waiters": 1}],
+    ids=lambda o: next(iter(o)),
 )
 def test_what_is_not_in_this_release_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError, match="not in this release"):

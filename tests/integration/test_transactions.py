@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from django.db import DatabaseError, connection, connections, transaction
@@ -84,7 +83,7 @@ def test_read_modify_write_by_many_processes(guard: str, counter: LockStore, mon
     monkeypatch.setenv("DATABASE_URL", counter.url)
     program = COUNTER.replace("GUARD", GUARDS[guard])
     command = [sys.executable, "-c", program, guard]
-    processes = [subprocess.Popen(command) for _ in range(PROCESSES)]  # noqa: S603 - our own program
+    processes = [subprocess.Popen(command) for _ in range(PROCESSES)]
 
     assert [process.wait() for process in processes] == [0] * PROCESSES
 
@@ -114,7 +113,11 @@ def test_a_rollback_frees_it(rival: Rival) -> None:
 
 
 def test_session_scope_is_refused_inside_atomic_with_the_remedy() -> None:
-    with transaction.atomic(), pytest.raises(LockInTransaction, match="detached"), lock("one", scope="session"):
+    with (
+        transaction.atomic(),
+        pytest.raises(LockInTransaction, match="detached"),
+        lock("one", scope="session"),
+    ):
         pytest.fail("it would be released before the commit")
 
 
@@ -124,7 +127,11 @@ def test_transaction_scope_is_refused_outside_atomic() -> None:
 
 
 def test_a_transaction_on_another_alias_is_refused() -> None:
-    with transaction.atomic(using="other"), pytest.raises(LockInTransaction, match="'other'"), lock("one"):
+    with (
+        transaction.atomic(using="other"),
+        pytest.raises(LockInTransaction, match="'other'"),
+        lock("one"),
+    ):
         pytest.fail("it would be released before the other's commit")
     with transaction.atomic(using="other"), lock("one", using="other"):
         pass
@@ -168,7 +175,9 @@ def test_a_conflict_leaves_the_transaction_as_it_was(timeout: float, counter: Lo
         cursor.execute("UPDATE counter SET value = 42")
         with pytest.raises(LockAcquireTimeout) as caught, lock("one", timeout=timeout):
             pytest.fail("two holders")
-        cursor.execute("SELECT value, current_setting('lock_timeout'), current_setting('statement_timeout') FROM counter")
+        cursor.execute(
+            "SELECT value, current_setting('lock_timeout'), current_setting('statement_timeout') FROM counter"
+        )
         assert cursor.fetchone() == (42, "7s", "9s")
 
     assert str(rival.pid) in (caught.value.holder or "")
@@ -255,9 +264,8 @@ def test_the_body_error_surfaces_when_the_transaction_is_broken(store: LockStore
 
 
 def test_a_broken_transaction_inside_the_lock_surfaces_its_own_error(store: LockStore, rival: Rival) -> None:
-    with pytest.raises(DatabaseError, match="no_such_table"), lock("one"):
-        with transaction.atomic():
-            connection.cursor().execute("SELECT * FROM no_such_table")
+    with pytest.raises(DatabaseError, match="no_such_table"), lock("one"), transaction.atomic():
+        connection.cursor().execute("SELECT * FROM no_such_table")
 
     assert store.rows() == 0
     assert rival.is_free("one")
@@ -298,7 +306,10 @@ class InsideTestCase(TestCase):
 
 
 def test_an_unknown_alias_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match="'nowhere'.*'default'"), lock("one", using="nowhere"):
+    with (
+        pytest.raises(ConfigurationError, match="'nowhere'.*'default'"),
+        lock("one", using="nowhere"),
+    ):
         pytest.fail("the body ran unguarded")
 
 
@@ -383,13 +394,16 @@ assert rival.is_free("one")
 """
 
 
-@pytest.mark.parametrize(("prologue", "driver"), [("", "psycopg"), (ON_PSYCOPG2, "psycopg2"), (ON_A_POOL, "psycopg_pool")])
+@pytest.mark.parametrize(
+    ("prologue", "driver"),
+    [("", "psycopg"), (ON_PSYCOPG2, "psycopg2"), (ON_A_POOL, "psycopg_pool")],
+)
 def test_transaction_scope_on_every_driver(
     prologue: str, driver: str, store: LockStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", store.url)
     command = [sys.executable, "-c", prologue + ON_ANY_DRIVER, store.url]
-    ran = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own program
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
 
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split(".")[0].split()[0] == driver.replace("_pool", "")

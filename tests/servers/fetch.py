@@ -16,8 +16,7 @@ from pathlib import Path
 
 #: Where PgBouncer is unpacked when the system does not have it.
 FOLDER = (
-    Path(os.environ.get("CONCURRENCY_SAFE_SERVERS") or Path(__file__).parents[2] / ".servers")
-    / "pgbouncer"
+    Path(os.environ.get("CONCURRENCY_SAFE_SERVERS") or Path(__file__).parents[2] / ".servers") / "pgbouncer"
 ).absolute()
 #: Said when there is no other way, after the reason.
 HOW_TO_INSTALL = "apt-get install pgbouncer, or on macOS brew install pgbouncer, brings it"
@@ -34,10 +33,7 @@ def main() -> int:
     try:
         fetch()
     except (OSError, subprocess.SubprocessError) as error:
-        print(
-            f"no PgBouncer here, so the tests behind a pooler are left out ({reason(error)}); "
-            f"{HOW_TO_INSTALL}"
-        )
+        print(f"no PgBouncer here, so the tests behind a pooler are left out ({reason(error)}); {HOW_TO_INSTALL}")
         return 1 if os.environ.get("CI") else 0
     print(f"fetched PgBouncer into {FOLDER}")
     return 0

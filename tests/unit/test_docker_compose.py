@@ -30,11 +30,7 @@ def published_ports(service: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def service_at(address: SplitResult) -> str:
-    names = [
-        name
-        for name, service in SERVICES.items()
-        if (address.hostname, address.port) in published_ports(service)
-    ]
+    names = [name for name, service in SERVICES.items() if (address.hostname, address.port) in published_ports(service)]
     assert len(names) == 1, f"{address.netloc} is published by {names}"
     return names[0]
 
@@ -82,9 +78,7 @@ def test_every_server_is_documented_by_an_address() -> None:
 
 
 @pytest.mark.parametrize("variable", ["DATABASE_URL", "CELERY_BROKER_URL"])
-def test_the_example_goes_to_these_servers_by_default(
-    variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_goes_to_these_servers_by_default(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable, raising=False)
 
     settings = runpy.run_path(str(ROOT / "example" / "settings.py"))

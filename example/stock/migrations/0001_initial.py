@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 
 def _id() -> models.BigAutoField[int, int]:
-    return models.BigAutoField(
-        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-    )
+    return models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")
 
 
 def _product(related_name: str) -> models.ForeignKey[models.Model, models.Model]:

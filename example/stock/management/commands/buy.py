@@ -24,13 +24,9 @@ class Command(BaseCommand):
         """Declare the product, how many, and the starting line."""
         parser.add_argument("sku")
         parser.add_argument("--times", type=int, default=1, help="how many to buy (default: 1)")
-        parser.add_argument(
-            "--starting-line", action="store_true", help="print 'ready', then wait for a line"
-        )
+        parser.add_argument("--starting-line", action="store_true", help="print 'ready', then wait for a line")
 
-    def handle(
-        self, *_args: object, sku: str, times: int, starting_line: bool, **_options: object
-    ) -> None:
+    def handle(self, *_args: object, sku: str, times: int, starting_line: bool, **_options: object) -> None:
         """Buy `times` of `sku`."""
         if starting_line:
             self.stdout.write("ready")
