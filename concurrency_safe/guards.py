@@ -33,11 +33,13 @@ _FORMS = (
 class Verbs:
     """What a framework does where a policy leaves that to it; each returns the call's result, or raises.
 
-    `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back.
+    `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back. `meet` is told of each conflict
+    before the policy is asked; it raises to end the call in the framework's own way.
     """
 
     retry: Callable[[Retry, LockAcquireTimeout | LockUnavailable], Any]
     skip: Callable[[Skip, LockAcquireTimeout], Any]
+    meet: Callable[[LockAcquireTimeout], None] = lambda _conflict: None
 
 
 def _cannot_retry(policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:  # noqa: ARG001 - see Verbs
@@ -150,6 +152,8 @@ class Guard:
     ) -> Any:
         """Do what the policy says about a lock that was not acquired."""
         policy = self.policy
+        if isinstance(error, LockAcquireTimeout):
+            verbs.meet(error)
         if isinstance(policy, Retry):
             return verbs.retry(policy, error)
         if isinstance(error, LockUnavailable):

@@ -1,0 +1,159 @@
+"""`ConcurrencySafeTask`: the body of a task runs while its lock is held, and only then.
+
+The guard stands in `Task.__call__`, which Celery's tracer honours: inside its handling of Retry, Ignore and Reject, and
+outside `autoretry_for`, which would take a conflict for a failure of the body.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from celery import Task, signals
+from celery.exceptions import Ignore
+
+from concurrency_safe.contrib.celery import options, requeue
+from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
+from concurrency_safe.core.policies import ConflictPolicy, Retry, Skip
+from concurrency_safe.core.templates import KeyTemplate
+from concurrency_safe.guards import DIRECT, Guard, Verbs
+from concurrency_safe.locks import HeldLock, current_lock, current_work
+from concurrency_safe.postgres.inspect import describe_work
+from concurrency_safe.spaces import close_idle_sessions
+
+try:
+    # Keeps delay_on_commit; importable without settings, and absent before Celery 5.4.
+    from celery.contrib.django.task import DjangoTask
+except ImportError:  # pragma: no cover - Celery 5.3
+    _Base: Any = Task
+else:
+    _Base = DjangoTask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("concurrency_safe")
+
+_ENTERED = "concurrency_safe_entered"
+
+
+class ConcurrencySafeMixin:
+    """Guards a task by its `lock_key`; mix it in before your own base class.
+
+    Attributes (options of `@app.task`):
+        lock_key: A template over the body's arguments, a tuple of parts, a callable that gets the arguments (never
+            `self`), True (the task's name and all arguments), or None: not guarded.
+        lock_timeout: Seconds that the worker waits before the policy decides; 0: it tries once; None: for ever.
+        on_conflict: "retry" (back to the queue, with a budget of its own), "skip", "raise", a policy value, or a
+            callable that gets the arguments and whose return value is the task's result.
+        lock_shared, lock_slots: Reserved; not in this release.
+    """
+
+    lock_key: Any = None
+    lock_timeout: float | None = 0
+    lock_shared: bool = False
+    lock_slots: int = 1
+    on_conflict: str | ConflictPolicy | Callable[..., Any] = "retry"
+
+    _guard: tuple[Guard, KeyTemplate] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Check the options: Celery registers a task after this, so an invalid one can never be used.
+
+        Raises: ConfigurationError, KeyTemplateError.
+        """
+        super().__init__(*args, **kwargs)
+        options.refuse_mistakes(self, ConcurrencySafeMixin)
+        self._guard = options.build(self, ConcurrencySafeMixin)
+        if self._guard is not None:
+            # An ordinary conflict is one line in the worker's log, without a traceback.
+            self.throws = (*getattr(self, "throws", ()), LockAcquireTimeout)
+            _warn_of_bypass(self)
+
+    @property
+    def lock(self) -> HeldLock | None:
+        """The lock that the running body holds."""
+        return current_lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body guarded."""
+        task: Any = self
+        request = task.request
+        if self._guard is None:
+            return super().__call__(*args, **kwargs) if request.called_directly else task.run(*args, **kwargs)  # type: ignore[misc]  # Task's
+        guard, template = self._guard
+        if request.called_directly or getattr(request, _ENTERED, False):
+            # Also a body that calls its own task: its request is the outer one's, which must not go back to the queue.
+            return guard.run_as(template, super().__call__, args, kwargs, DIRECT)  # type: ignore[misc]  # Task's
+        setattr(request, _ENTERED, True)
+        verbs = DIRECT if request.is_eager else Verbs(self._retry, self._skip, self._defer_copy)
+        token = current_work.set(request.id)
+        try:
+            return guard.run_as(template, self._run_once, args, kwargs, verbs)
+        finally:
+            current_work.reset(token)
+
+    def _run_once(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body, unless this is a copy of a task that has succeeded meanwhile."""
+        task: Any = self
+        if requeue.is_copy(task) and task.backend.get_state(task.request.id) == "SUCCESS":
+            logger.info("task %s[%s] has run already; this copy of it ends", task.name, task.request.id)
+            raise Ignore
+        return task.run(*args, **kwargs)
+
+    def _retry(self, policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:
+        requeue.later(self, policy, error)
+
+    def _skip(self, policy: Skip, conflict: LockAcquireTimeout) -> Any:
+        task: Any = self
+        logger.info("task %s[%s] was skipped: %s", task.name, task.request.id, conflict)
+        if task.app.conf.worker_send_task_events:
+            task.send_event("task-skipped", lock_key=conflict.key, holder=conflict.holder)
+        return policy.result
+
+    def _defer_copy(self, conflict: LockAcquireTimeout) -> None:
+        """Never skip or fail for a conflict with oneself: a redelivered copy, or an attempt that still unwinds."""
+        task: Any = self
+        holder = conflict.holder
+        if describe_work(task.request.id) in (holder or "") or (holder is None and requeue.is_copy(task)):
+            requeue.duplicate(task)
+
+
+class ConcurrencySafeTask(ConcurrencySafeMixin, _Base):  # type: ignore[misc]  # which base, is known at import only
+    """A task guarded by its name and all its arguments, or by its own `lock_key`.
+
+    As an app's base (`Celery(task_cls=...)`, `app.Task`) it guards only tasks that have a `lock_key` of their own.
+    """
+
+    abstract = True
+    lock_key = True
+
+
+def _warn_of_bypass(task: Any) -> None:
+    first = next(cls for cls in type(task).__mro__ if "__call__" in vars(cls))
+    if first is not ConcurrencySafeMixin:
+        logger.warning(
+            "task %s: %s.__call__ comes before the guard's; unless it calls super().__call__, the body runs unguarded",
+            options.task_name(task),
+            first.__qualname__,
+        )
+
+
+@signals.worker_init.connect
+def _refuse_unguarded_options(sender: Any = None, **_: Any) -> None:
+    """Stop a worker whose tasks have lock options, and a base that knows nothing of them."""
+    app = getattr(sender, "app", None)
+    for task in app.tasks.values() if app is not None else ():
+        useless = [] if isinstance(task, ConcurrencySafeMixin) else options.unguarded_options(task)
+        if useless:
+            # SystemExit, since Celery logs any other exception of a receiver, and goes on.
+            raise SystemExit(
+                f"task {task.name}: {', '.join(useless)} without base=ConcurrencySafeTask guards nothing; "
+                "add the base, or remove the option"
+            )
+
+
+@signals.worker_process_shutdown.connect
+@signals.worker_shutdown.connect
+def _close_sessions(**_: Any) -> None:
+    close_idle_sessions()
