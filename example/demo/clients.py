@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from celery.exceptions import TimeoutError as NoResult
 
@@ -154,10 +154,12 @@ def by_tasks(task: Task[[str], bool], sku: str, load: Load) -> Told:
 
 def _result(result: AsyncResult[bool], deadline: float) -> Answer:
     try:
-        value = result.get(timeout=max(0.1, deadline - time.monotonic()), propagate=False)
+        told = result.get(timeout=max(0.1, deadline - time.monotonic()), propagate=False)
     except NoResult:
         return Answer(None, trouble=f"task in state {result.state} after {LIMIT:.0f} s")
     result.forget()
+    # Not raised, so the error of a failed task comes as the value; its type does not say so.
+    value = cast("bool | BaseException", told)
     if isinstance(value, BaseException):
         return Answer(None, trouble=f"{type(value).__name__}: {value}")
     return Answer(value)

@@ -46,7 +46,8 @@ def doors(port: int) -> list[Door]:
 
 def fill_shelf(sku: str, stock: int) -> Product:
     """Put a new product on sale."""
-    return Product.objects.create(sku=sku, stock=stock)
+    product: Product = Product.objects.create(sku=sku, stock=stock)
+    return product
 
 
 def try_door(door: Door, load: Load) -> Row:

@@ -30,5 +30,5 @@ def buy_guarded(sku: str) -> bool:
 @task_retry.connect(sender=buy_guarded)
 def log_put_back(request: Context, **_signal: object) -> None:
     """Note each return to the queue, as Celery reports it."""
-    (sku,) = request.args
+    (sku,) = request.args or ()
     PutBack.objects.create(product=Product.objects.get(sku=sku), task_id=request.id)
