@@ -69,7 +69,7 @@ class Rival:
         self.connection = psycopg.connect(dsn, autocommit=True)
         self.pid = self.connection.info.backend_pid
 
-    def hold(self, key: str) -> None:
+    def hold(self, key: str | tuple[object, ...]) -> None:
         self.connection.execute("SELECT pg_advisory_lock(%s)", [lock_key(key).number])
 
     def try_hold(self, key: str) -> bool:

@@ -1,0 +1,183 @@
+"""The app whose real workers the Celery tests start; it knows its servers by the environment."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import psycopg
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject
+
+from concurrency_safe import Call, Retry, Skip, assert_locked, lock
+from concurrency_safe.contrib.celery import ConcurrencySafeTask
+
+BROKER = os.environ.get("CELERY_BROKER_URL", "memory://")
+
+app = Celery("tests", broker=BROKER, backend=BROKER)
+app.conf.task_default_queue = os.environ.get("CELERY_QUEUE", "tests")
+app.conf.task_acks_late = True
+app.conf.task_reject_on_worker_lost = True
+app.conf.worker_prefetch_multiplier = 1
+app.conf.worker_cancel_long_running_tasks_on_connection_loss = True
+app.conf.broker_connection_retry_on_startup = True
+app.conf.result_chord_retry_interval = 0.1
+
+SOON = Retry(delay=0.1, max_delay=0.3)
+
+
+def write(statement: str, *params: object) -> None:
+    with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute(statement, params)
+
+
+def work(task: str, key: str) -> str:
+    """Take at least 50 ms, and log the interval by the database's clock."""
+    with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
+        row = connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row
+        connection.execute("SELECT pg_sleep(0.05)")
+        connection.execute("INSERT INTO intervals VALUES (%s, %s, %s, clock_timestamp())", [task, key, row[0]])
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="job:{key}", on_conflict="retry", max_retries=0, bind=True)
+def guarded(self: Any, key: str) -> str:
+    assert self.request.retries == 0
+    assert_locked(f"job:{key}")
+    assert self.lock.keys == (f"job:{key}",)
+    return work("guarded", key)
+
+
+@app.task
+def unguarded(key: str) -> str:
+    return work("unguarded", key)
+
+
+@app.task(base=ConcurrencySafeTask)
+def by_all_arguments(key: str, times: int = 1) -> list[str]:
+    lock_of = by_all_arguments.lock
+    return list(lock_of.keys)
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=SOON)
+def patient(key: str) -> str:
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=Retry(delay=0.1, max_delay=0.1, limit=2))
+def limited(key: str) -> str:
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=Skip(result="skipped"))
+def skipping(key: str) -> str:
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict="raise", autoretry_for=(Exception,))
+def raising(key: str) -> str:
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=lambda key: f"{key} is busy")
+def calling(key: str) -> str:
+    return key
+
+
+@app.task(
+    base=ConcurrencySafeTask,
+    lock_key=lambda key: ("one", key),
+    lock_timeout=0.05,
+    on_conflict=Call(lambda conflict, key: f"{key}: {conflict.timeout}", pass_conflict=True),
+)
+def by_function(key: str) -> str:
+    return key
+
+
+@app.task
+def total(values: list[object]) -> list[object]:
+    return values
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict="skip", bind=True, max_retries=1)
+def retries_itself(self: Any, key: str) -> str:
+    """Send the next attempt at once, and need a while to unwind: the attempt meets this one at work."""
+    if self.request.retries == 0:
+        retry = self.retry(countdown=0, throw=False)
+        write("SELECT pg_sleep(0.5)")
+        raise retry
+    return "done"
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict=SOON, bind=True, max_retries=2)
+def fails_twice(self: Any, key: str) -> int:
+    if self.request.retries < 2:
+        raise self.retry(countdown=0)
+    return int(self.request.retries)
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="out:{how}", bind=True, soft_time_limit=20)
+def leaves(self: Any, how: str) -> str:
+    write("INSERT INTO intervals VALUES ('leaves', %s, clock_timestamp(), clock_timestamp())", how)
+    ways: dict[str, BaseException] = {
+        "raise": ValueError("body"),
+        "Ignore": Ignore(),
+        "Reject": Reject("body", requeue=False),
+        "SystemExit": SystemExit(1),
+    }
+    if how in ways:
+        raise ways[how]
+    if how == "Retry" and not self.request.retries:
+        raise self.retry(countdown=0, max_retries=1)
+    return how
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="slow:{key}", on_conflict=SOON, bind=True)
+def sleeps(self: Any, key: str, seconds: float) -> str:
+    """Block in the database; the test kills the process, or lets the limit pass."""
+    write("INSERT INTO intervals VALUES ('sleeps', %s, clock_timestamp(), NULL)", str(os.getpid()))
+    write("SELECT pg_sleep(%s)", seconds)
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="slow:{key}", lock_timeout=None, soft_time_limit=1)
+def waits(key: str) -> str:
+    return key
+
+
+class ByClass(ConcurrencySafeTask):
+    """A task as a class."""
+
+    name = "by_class"
+    lock_key = "one:{key}"
+    on_conflict = "raise"
+
+    def run(self, key: str) -> str:
+        assert_locked(f"one:{key}")
+        return key
+
+
+app.register_task(ByClass())
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="nested:{key}", on_conflict="raise", bind=True)
+def nests(self: Any, key: str, depth: int) -> str:
+    """Call itself directly, and take another lock inside."""
+    if depth:
+        return str(nests(key, depth - 1))
+    with lock("inner", timeout=0):
+        assert_locked("inner", f"nested:{key}")
+    return key
+
+
+def plain_task(**options: Any) -> Task[Any, Any]:
+    """Declare a task in an app of its own, as a worker's start would."""
+    other = Celery("other", set_as_current=False, broker="memory://")
+
+    def body(user_id: int, amount: int = 0) -> int:
+        return user_id
+
+    task: Task[Any, Any] = other.task(**options)(body)
+    other.finalize()
+    return other.tasks[task.name]

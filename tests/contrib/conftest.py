@@ -1,0 +1,120 @@
+"""Real workers on a real broker, and the interval log that judges them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from concurrency_safe.testing import broker_url, postgres_dsn
+from tests.contrib.celery_tasks import app
+from tests.integration.conftest import LockStore, Rival, wait_for
+
+OVERLAPS = """
+SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid < b.ctid
+   AND (a.key = b.key) = %s AND tstzrange(a.started, a.ended) && tstzrange(b.started, b.ended)
+ WHERE a.task = %s
+"""
+
+
+class Workers:
+    """Celery worker processes, with the database and the queue that they share with the test."""
+
+    def __init__(self, dsn: str, log_dir: Path) -> None:
+        self.queue = f"tests_{uuid.uuid4().hex[:8]}"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"},
+            "DATABASE_URL": dsn,
+            "CELERY_BROKER_URL": broker_url(),
+            "CELERY_QUEUE": self.queue,
+        }
+        app.conf.update(broker_url=broker_url(), result_backend=broker_url(), task_default_queue=self.queue)
+        self.log_dir = log_dir
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.store = LockStore(dsn)
+        self.rival = Rival(dsn)
+        self.store.connection.execute(
+            "CREATE TABLE intervals (task text, key text, started timestamptz, ended timestamptz)"
+        )
+
+    def start(self, concurrency: int = 4, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a worker; wait until it answers."""
+        name = f"w{len(self.started)}-{uuid.uuid4().hex[:6]}@test"
+        command = [sys.executable, "-m", "celery", "-A", "tests.contrib.celery_tasks", "worker", "-n", name]
+        command += ["-c", str(concurrency), "--loglevel", "INFO", "--without-gossip", "--without-mingle", *arguments]
+        with (self.log_dir / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+        self.started.append(process)
+        wait_for(lambda: process.poll() is not None or app.control.ping(destination=[name], timeout=0.5), 30)
+        assert process.poll() is None, self.logs()
+        return process
+
+    def count(self, query: str, *params: object) -> int:
+        row = self.store.connection.execute(query, params).fetchone()
+        assert row
+        return int(row[0])
+
+    def runs(self, task: str) -> int:
+        return self.count("SELECT count(*) FROM intervals WHERE task = %s", task)
+
+    def overlaps(self, task: str, *, same_key: bool) -> int:
+        """Count the pairs of runs of `task` that were under way at one time, with the same key or with different ones."""
+        return self.count(OVERLAPS, same_key, task)
+
+    def clear(self) -> None:
+        self.store.connection.execute("TRUNCATE intervals")
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.log_dir.glob("*.log")))
+
+    def stop(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.started:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.store.connection.close()
+        self.rival.connection.close()
+
+
+@pytest.fixture(scope="session")
+def worker_database() -> Iterator[str]:
+    """Make a database of the workers' own, beside Django's test database."""
+    server = psycopg.connect(postgres_dsn(), autocommit=True)
+    info = server.info
+    name = f"workers_{uuid.uuid4().hex[:8]}"
+    server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    yield f"postgresql://{info.user}:{info.password}@{info.host}:{info.port}/{name}"
+    server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def workers(worker_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Two workers with four processes each, as two hosts would have them."""
+    both = Workers(worker_database, tmp_path_factory.mktemp("workers"))
+    both.start()
+    both.start()
+    yield both
+    both.stop()
+
+
+@pytest.fixture
+def fleet(workers: Workers) -> Iterator[Workers]:
+    """Give the workers, with an empty log; nothing is held when the test is over."""
+    workers.clear()
+    yield workers
+    workers.rival.let_go()
+    wait_for(lambda: workers.store.rows() == 0)

@@ -1,0 +1,219 @@
+"""Guarded tasks on real workers: exclusion, policies, ways out, deaths. The interval log in the database is the judge."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from celery import chain, chord, group
+from celery.exceptions import ChordError, TimeLimitExceeded
+from celery.result import AsyncResult
+
+from concurrency_safe import LockAcquireTimeout
+from tests.contrib import celery_tasks as tasks
+from tests.contrib.conftest import Workers
+from tests.integration.conftest import wait_for
+
+#: Seconds that a result may take; nothing may hang.
+LIMIT = 30
+
+KEYS = 5
+TASKS = 200
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def test_200_tasks_on_5_keys_never_overlap(fleet: Workers) -> None:
+    sent = [tasks.guarded.delay(str(number % KEYS)) for number in range(TASKS)]
+    results = [one.get(timeout=150) for one in sent]
+
+    assert results == [str(number % KEYS) for number in range(TASKS)]
+    assert fleet.runs("guarded") == TASKS
+    assert fleet.overlaps("guarded", same_key=True) == 0
+    assert fleet.overlaps("guarded", same_key=False) > 0
+    assert "Retry in" in fleet.logs()  # conflicts there were
+    assert "Traceback" not in fleet.logs()
+
+
+def test_the_same_tasks_unguarded_do_overlap(fleet: Workers) -> None:
+    group(tasks.unguarded.s(str(number % KEYS)) for number in range(TASKS)).apply_async().get(timeout=LIMIT)
+
+    assert fleet.runs("unguarded") == TASKS
+    assert fleet.overlaps("unguarded", same_key=True) > 0
+
+
+def test_retry_waits_for_the_holder_and_gives_the_result(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    sent = tasks.patient.delay("a")
+    wait_for(lambda: sent.state == "RETRY")
+    fleet.rival.let_go()
+
+    assert sent.get(timeout=LIMIT) == "a"
+
+
+def test_a_spent_retry_fails_with_the_conflict(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+
+    with pytest.raises(LockAcquireTimeout, match=r"'one:a' is held by") as caught:
+        tasks.limited.delay("a").get(timeout=LIMIT)
+    assert caught.value.key == "one:a"
+    assert str(fleet.rival.pid) in (caught.value.holder or "")
+
+
+def test_skip_succeeds_with_its_result_and_says_so(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    sent = tasks.skipping.delay("a")
+
+    assert sent.get(timeout=LIMIT) == "skipped"
+    assert sent.state == "SUCCESS"
+    assert f"[{sent.id}] was skipped" in fleet.logs()
+    assert tasks.skipping.delay("b").get(timeout=LIMIT) == "b"
+
+
+def test_raise_fails_at_once_and_is_no_failure_of_the_body(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    sent = tasks.raising.delay("a")
+
+    with pytest.raises(LockAcquireTimeout):
+        sent.get(timeout=LIMIT)
+    assert sent.state == "FAILURE"
+    assert f"raising[{sent.id}] retry" not in fleet.logs()
+
+
+def test_a_callable_gives_the_result(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+
+    assert tasks.calling.delay("a").get(timeout=LIMIT) == "a is busy"
+
+
+def test_a_callable_key_and_a_policy_that_sees_the_conflict(fleet: Workers) -> None:
+    assert tasks.by_function.delay("a").get(timeout=LIMIT) == "a"
+    fleet.rival.hold(("one", "b"))
+
+    assert tasks.by_function.delay("b").get(timeout=LIMIT) == "b: 0.05"
+
+
+def test_the_default_key_is_the_name_and_all_arguments_however_they_are_given(fleet: Workers) -> None:
+    sent = [
+        tasks.by_all_arguments.delay("a"),
+        tasks.by_all_arguments.delay(key="a", times=1),
+        tasks.by_all_arguments.s(1).apply_async(("a",)),
+    ]
+    keys = {tuple(one.get(timeout=LIMIT)) for one in sent}
+
+    assert keys == {('tests.contrib.celery_tasks.by_all_arguments{"key":"a","times":1}',)}
+
+
+def test_a_class_is_guarded_as_well(fleet: Workers) -> None:
+    by_class = tasks.app.tasks["by_class"]
+    assert by_class.delay("a").get(timeout=LIMIT) == "a"
+    fleet.rival.hold("one:a")
+
+    with pytest.raises(LockAcquireTimeout):
+        by_class.delay("a").get(timeout=LIMIT)
+
+
+def test_a_task_enters_its_own_lock_again(fleet: Workers) -> None:
+    assert tasks.nests.delay("a", 2).get(timeout=LIMIT) == "a"
+
+
+@pytest.mark.parametrize("task", ["patient", "skipping"])
+def test_canvases_go_on(task: str, fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    busy = getattr(tasks, task)
+    chained = chain(busy.s("a"), tasks.total.s()).apply_async()
+    grouped = group(busy.s("a"), busy.s("b")).apply_async()
+    header = chord([busy.s("a"), busy.s("b")], tasks.total.s()).apply_async()
+    if task == "patient":
+        wait_for(lambda: grouped.results[0].state == "RETRY")
+        fleet.rival.let_go()
+    expected = "a" if task == "patient" else "skipped"
+
+    assert chained.get(timeout=LIMIT) == expected
+    assert grouped.get(timeout=LIMIT) == [expected, "b"]
+    assert header.get(timeout=LIMIT) == [expected, "b"]
+
+
+def test_raise_in_a_chord_fails_the_chord(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    sent = chord([tasks.raising.s("a"), tasks.raising.s("b")], tasks.total.s()).apply_async()
+
+    # Not by get(): it takes a TimeoutError of a parent, which a conflict is, for its own.
+    wait_for(lambda: sent.state == "FAILURE")
+    assert isinstance(sent.result, ChordError)
+    assert "LockAcquireTimeout" in str(sent.result)
+
+
+def test_a_tasks_own_retry_is_never_skipped(fleet: Workers) -> None:
+    assert tasks.retries_itself.delay("a").get(timeout=LIMIT) == "done"
+
+
+def test_conflicts_spend_none_of_the_tasks_own_retries(fleet: Workers) -> None:
+    fleet.rival.hold("own:a")
+    sent = tasks.fails_twice.delay("a")
+    wait_for(lambda: fleet.logs().count(f"fails_twice[{sent.id}] retry") >= 5)
+    fleet.rival.let_go()
+
+    assert sent.get(timeout=LIMIT) == 2
+
+
+@pytest.mark.parametrize("how", ["return", "raise", "Ignore", "Reject", "Retry", "SystemExit"])
+def test_every_way_out_frees_the_lock(how: str, fleet: Workers) -> None:
+    tasks.leaves.delay(how)
+
+    wait_for(lambda: fleet.count("SELECT count(*) FROM intervals WHERE key = %s", how) > 0)
+    wait_for(lambda: fleet.store.rows() == 0, 5.0)
+    assert fleet.rival.is_free(f"out:{how}")
+
+
+def test_a_soft_limit_ends_a_wait_and_leaves_nothing(fleet: Workers) -> None:
+    fleet.rival.hold("slow:a")
+    sent: AsyncResult[str] = tasks.waits.delay("a")
+    wait_for(lambda: fleet.store.waiting() == 1)
+
+    with pytest.raises(Exception, match="SoftTimeLimitExceeded"):
+        sent.get(timeout=LIMIT)
+    assert fleet.store.waiting() == 0
+    assert fleet.store.rows() == 1  # the rival's
+    assert tasks.patient.delay("b").get(timeout=LIMIT) == "b"
+
+
+def test_a_soft_limit_in_the_body_frees_the_lock(fleet: Workers) -> None:
+    sent = tasks.sleeps.apply_async(("a", 20), soft_time_limit=1)
+    with pytest.raises(Exception, match="SoftTimeLimitExceeded"):
+        sent.get(timeout=LIMIT)
+
+    wait_for(lambda: fleet.rival.is_free("slow:a"), 1.0)
+
+
+def test_a_hard_limit_frees_the_lock(fleet: Workers) -> None:
+    sent = tasks.sleeps.apply_async(("a", 20), time_limit=1)
+    with pytest.raises(TimeLimitExceeded):
+        sent.get(timeout=LIMIT)
+
+    wait_for(lambda: fleet.rival.is_free("slow:a"), 1.0)
+
+
+def test_a_killed_process_frees_the_lock_and_the_task_completes_once(fleet: Workers) -> None:
+    sent = tasks.sleeps.delay("a", 2)
+    wait_for(lambda: fleet.runs("sleeps") == 1)
+    assert not fleet.rival.try_hold("slow:a")
+
+    pid = fleet.count("SELECT key FROM intervals")
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: fleet.rival.is_free("slow:a"), 1.0)
+
+    assert sent.get(timeout=LIMIT) == "a"
+    assert fleet.runs("sleeps") == 2
+
+
+def test_the_holder_of_a_lock_can_be_named(fleet: Workers) -> None:
+    first = tasks.sleeps.delay("a", 3)
+    wait_for(lambda: fleet.runs("sleeps") == 1)
+    second = tasks.sleeps.delay("a", 0)
+    wait_for(lambda: second.state == "RETRY")
+
+    assert f"running '{first.id}'" in fleet.logs()
+    assert first.get(timeout=LIMIT) == "a"
+    assert second.get(timeout=LIMIT) == "a"
