@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import signal
 from pathlib import Path
@@ -29,6 +30,10 @@ DEFAULTS: Mapping[str, str] = {
 }
 #: First line of every postgresql.conf that we wrote, and so of every directory that is ours.
 MARK = "# written by concurrency_safe.testing; changes are lost at the next start"
+#: Lines of postmaster.pid from the moment on when the postmaster listens.
+LOCK_FILE_LINES = 8
+#: Removes a segment of shared memory; <sys/ipc.h>, the same number everywhere.
+IPC_RMID = 0
 #: How PostgreSQL is told to stop.
 STOP_SIGNALS: Mapping[str, int] = {
     "smart": signal.SIGTERM,
@@ -95,6 +100,18 @@ class PostgresServer(Server):
         """Create an empty database and return its URL."""
         self._run("createdb", *self._connection_options, "--", name)
         return self.database_dsn(name)
+
+    def kill(self) -> None:
+        """Kill the postmaster as a crash does (SIGKILL) and return when its backends are gone too.
+
+        Follow with `start()` to have it back.
+        """
+        lock_file = self._lock_file()
+        super().kill()
+        if lock_file:
+            # A start in the same directory would remove what a killed postmaster leaves of System V shared memory,
+            # but there may be none.
+            ctypes.CDLL(None).shmctl(int(lock_file[6].split()[1]), IPC_RMID, None)
 
     def restart(self, mode: str = "fast") -> None:
         """Restart the server on the same port with the same data.
@@ -215,8 +232,16 @@ class PostgresServer(Server):
 
     def _is_ready(self) -> bool:
         """Read what pg_ctl reads: the postmaster itself notes in its lock file that it is ready."""
+        lines = self._lock_file()
+        return bool(lines) and lines[-1].strip() == "ready"
+
+    def _lock_file(self) -> list[str]:
+        """Return postmaster.pid when it is complete and of the process that we started, else nothing.
+
+        Source: src/include/utils/pidfile.h
+        """
         try:
-            lines = (self.data_dir / "postmaster.pid").read_text().split()
+            lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
-            return False
-        return lines[:1] == [str(self.pid)] and lines[-1] == "ready"
+            return []
+        return lines if len(lines) == LOCK_FILE_LINES and lines[0] == str(self.pid) else []

@@ -16,6 +16,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from concurrency_safe.core.errors import ConcurrencySafeError
 from concurrency_safe.testing import supervisor
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 COMMAND_LIMIT = 120.0
 
 
-class ServerError(RuntimeError):
-    """A test server could not be started or does not do as told."""
+class ServerError(ConcurrencySafeError, RuntimeError):
+    """A test server could not be started, or does not do as told."""
 
 
 class SupervisedProcess:

@@ -150,7 +150,11 @@ class Supervisor:
     def _look_at_owner(self, timeout: float | None) -> None:
         """Wait up to `timeout` seconds for a request; raise OwnerGoneError at the owner's end."""
         speaks, _, _ = select.select([self.owner], [], [], timeout)
-        if speaks and not self.owner.recv(1, socket.MSG_PEEK):
+        try:
+            ended = bool(speaks) and not self.owner.recv(1, socket.MSG_PEEK)
+        except ConnectionResetError as error:  # it died without having read our last reply
+            raise OwnerGoneError from error
+        if ended:
             raise OwnerGoneError
 
 

@@ -88,7 +88,7 @@ def own_lists(work: Path) -> list[str]:
 
 
 def unpack(work: Path, options: list[str]) -> Path:
-    """Return a folder with PgBouncer that runs."""
+    """Return a folder with PgBouncer that runs, with the libraries that it lacks and those that these lack."""
     unpacked = work / "unpacked"
     unpacked.mkdir(parents=True)
     wanted = {"pgbouncer"}
@@ -98,17 +98,12 @@ def unpack(work: Path, options: list[str]) -> Path:
         archives = set(work.glob("*.deb")) - before
         for archive in archives:
             run("dpkg-deb", "-x", str(archive), str(unpacked), cwd=work)
-        environment = {**os.environ, "LD_LIBRARY_PATH": library_path(unpacked)}
-        try:
-            run(str(unpacked / "usr/sbin/pgbouncer"), "--version", cwd=work, env=environment)
-        except subprocess.CalledProcessError as error:
-            failure = error
-        else:
-            return unpacked
         wanted = {name for archive in archives for name in missing_libraries(archive)}
         if not wanted:
             break
-    raise failure
+    environment = {**os.environ, "LD_LIBRARY_PATH": library_path(unpacked)}
+    run(str(unpacked / "usr/sbin/pgbouncer"), "--version", cwd=work, env=environment)
+    return unpacked
 
 
 def missing_libraries(archive: Path) -> set[str]:
