@@ -16,7 +16,7 @@ from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout,
 from concurrency_safe.core.options import UNSET, LockOptions
 from concurrency_safe.core.policies import Call, ConflictPolicy, Raise, Retry, Skip, resolve_policy
 from concurrency_safe.core.templates import KeyTemplate
-from concurrency_safe.locks import Lock
+from concurrency_safe.locks import Lock, refuse_reserved
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,6 +89,7 @@ class Guard:
             backend=self.backend,
             max_waiters=self.max_waiters,
         )
+        refuse_reserved(options, self)
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "policy", resolve_policy(self.on_conflict))
 

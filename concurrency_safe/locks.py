@@ -104,8 +104,12 @@ class Lock:
 
     def __init__(self, keys: tuple[Key, ...], options: LockOptions) -> None:
         """Check the keys and what this release can do; nothing is acquired."""
-        _refuse_reserved(keys, options)
-        self._key = keys[0]
+        self._key: Key = keys[0] if keys else ""
+        if not keys:
+            raise ConfigurationError('lock() needs a key: lock("stock:ABC"), or a tuple of parts, lock(("stock", sku))')
+        if len(keys) > 1:
+            raise ConfigurationError(f"lock({keys[0]!r}, ...): several keys are not in this release; nest two locks")
+        refuse_reserved(options, self)
         self._options = options
         self._held: HeldLock | None = None
         #: The error that ended the acquisition, so that a caller can tell it from one of the body's.
@@ -474,15 +478,12 @@ def _describe(claim: Claim) -> str:
     return f"{who} of this process (pid {os.getpid()}){what}"
 
 
-def _refuse_reserved(keys: tuple[Key, ...], options: LockOptions) -> None:
-    """Refuse, by name, what the contract has and this release hasn't.
+def refuse_reserved(options: LockOptions, what: object) -> None:
+    """Refuse, by name, the options that the contract has and this release hasn't; `what` has them.
 
     Raises: ConfigurationError.
     """
-    if not keys:
-        raise ConfigurationError('lock() needs a key: lock("stock:ABC"), or a tuple of parts, lock(("stock", sku))')
     reserved = {
-        "several keys": len(keys) > 1,
         "shared=True": options.shared,
         "slots": options.slots != 1,
         "backend": options.backend is not None,
@@ -490,4 +491,4 @@ def _refuse_reserved(keys: tuple[Key, ...], options: LockOptions) -> None:
     }
     for name, used in reserved.items():
         if used:
-            raise ConfigurationError(f"lock({keys[0]!r}): {name} is not in this release; it takes one exclusive lock")
+            raise ConfigurationError(f"{what!r}: {name} is not in this release, which has exclusive locks only")

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 import psycopg
-from celery import Celery, Task
+from celery import Celery
 from celery.exceptions import Ignore, Reject
 
-from concurrency_safe import Call, Retry, Skip, assert_locked, lock
+from concurrency_safe import Call, Retry, Skip, assert_locked, current_lock, lock
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 BROKER = os.environ.get("CELERY_BROKER_URL", "memory://")
@@ -22,6 +22,13 @@ app.conf.worker_prefetch_multiplier = 1
 app.conf.worker_cancel_long_running_tasks_on_connection_loss = True
 app.conf.broker_connection_retry_on_startup = True
 app.conf.result_chord_retry_interval = 0.1
+if "VISIBILITY_TIMEOUT" in os.environ:
+    # By default Redis' transport looks for unacknowledged messages every 100 s or so.
+    app.conf.broker_transport_options = {
+        "visibility_timeout": int(os.environ["VISIBILITY_TIMEOUT"]),
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
 
 SOON = Retry(delay=0.1, max_delay=0.3)
 
@@ -56,8 +63,9 @@ def unguarded(key: str) -> str:
 
 @app.task(base=ConcurrencySafeTask)
 def by_all_arguments(key: str, times: int = 1) -> list[str]:
-    lock_of = by_all_arguments.lock
-    return list(lock_of.keys)
+    held = current_lock()
+    assert held is not None
+    return list(held.keys)
 
 
 @app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=SOON)
@@ -141,6 +149,16 @@ def sleeps(self: Any, key: str, seconds: float) -> str:
     return key
 
 
+@app.task(base=ConcurrencySafeTask, lock_key="slow-or-skip:{key}", on_conflict="skip")
+def sleeps_or_skips(key: str, seconds: float) -> str:
+    return str(sleeps.run(key, seconds))
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="slow-or-raise:{key}", on_conflict="raise")
+def sleeps_or_raises(key: str, seconds: float) -> str:
+    return str(sleeps.run(key, seconds))
+
+
 @app.task(base=ConcurrencySafeTask, lock_key="slow:{key}", lock_timeout=None, soft_time_limit=1)
 def waits(key: str) -> str:
     return key
@@ -169,15 +187,3 @@ def nests(self: Any, key: str, depth: int) -> str:
     with lock("inner", timeout=0):
         assert_locked("inner", f"nested:{key}")
     return key
-
-
-def plain_task(**options: Any) -> Task[Any, Any]:
-    """Declare a task in an app of its own, as a worker's start would."""
-    other = Celery("other", set_as_current=False, broker="memory://")
-
-    def body(user_id: int, amount: int = 0) -> int:
-        return user_id
-
-    task: Task[Any, Any] = other.task(**options)(body)
-    other.finalize()
-    return other.tasks[task.name]

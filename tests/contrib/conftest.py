@@ -16,7 +16,9 @@ from psycopg import sql
 
 from concurrency_safe.testing import broker_url, postgres_dsn
 from tests.contrib.celery_tasks import app
-from tests.integration.conftest import LockStore, Rival, wait_for
+from tests.integration.conftest import LockStore, Rival, db_name, dsn, fresh_library, rival, store, wait_for
+
+__all__ = ["db_name", "dsn", "fresh_library", "rival", "store"]  # fixtures, for the tests of this folder
 
 OVERLAPS = """
 SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid < b.ctid
@@ -36,14 +38,18 @@ class Workers:
             "CELERY_BROKER_URL": broker_url(),
             "CELERY_QUEUE": self.queue,
         }
-        app.conf.update(broker_url=broker_url(), result_backend=broker_url(), task_default_queue=self.queue)
+        self.use()
         self.log_dir = log_dir
         self.started: list[subprocess.Popen[bytes]] = []
         self.store = LockStore(dsn)
         self.rival = Rival(dsn)
         self.store.connection.execute(
-            "CREATE TABLE intervals (task text, key text, started timestamptz, ended timestamptz)"
+            "CREATE TABLE IF NOT EXISTS intervals (task text, key text, started timestamptz, ended timestamptz)"
         )
+
+    def use(self) -> None:
+        """Let what this process sends go to these workers."""
+        app.conf.update(broker_url=broker_url(), result_backend=broker_url(), task_default_queue=self.queue)
 
     def start(self, concurrency: int = 4, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a worker; wait until it answers."""
@@ -66,7 +72,7 @@ class Workers:
         return self.count("SELECT count(*) FROM intervals WHERE task = %s", task)
 
     def overlaps(self, task: str, *, same_key: bool) -> int:
-        """Count the pairs of runs of `task` that were under way at one time, with the same key or with different ones."""
+        """Count the pairs of runs of `task` that were under way at one time, with one key or with different ones."""
         return self.count(OVERLAPS, same_key, task)
 
     def clear(self) -> None:
@@ -114,6 +120,7 @@ def workers(worker_database: str, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def fleet(workers: Workers) -> Iterator[Workers]:
     """Give the workers, with an empty log; nothing is held when the test is over."""
+    workers.use()
     workers.clear()
     yield workers
     workers.rival.let_go()

@@ -9,6 +9,7 @@ import pytest
 
 from concurrency_safe import (
     ConfigurationError,
+    Guard,
     HeldLock,
     LockAcquireTimeout,
     LockLost,
@@ -319,6 +320,8 @@ def test_what_is_not_in_this_release_is_refused(options: dict[str, object]) -> N
     with pytest.raises(ConfigurationError, match="not in this release"):
         lock("one", **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="not in this release"):
+        Guard("one", **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="several keys"):
         lock("one", "two")
     with pytest.raises(ConfigurationError, match="needs a key"):
         lock()

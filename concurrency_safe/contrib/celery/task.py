@@ -126,7 +126,7 @@ class ConcurrencySafeTask(ConcurrencySafeMixin, _Base):  # type: ignore[misc]  #
     """
 
     abstract = True
-    lock_key = True
+    lock_key: Any = True
 
 
 def _warn_of_bypass(task: Any) -> None:
