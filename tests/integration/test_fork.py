@@ -41,7 +41,7 @@ def in_child(body: object, *, politely: bool = False) -> int:
 @pytest.mark.parametrize("politely", [False, True], ids=["_exit", "normal exit"])
 def test_the_parents_lock_survives_its_childs_exit(politely: bool, rival: Rival) -> None:
     with lock("one") as held:
-        for _ in range(RUNS // 2):
+        for _ in range(RUNS):
             assert in_child(lambda: None, politely=politely) == 0
             assert not held.is_lost
             assert not rival.try_hold("one")
