@@ -28,8 +28,10 @@ from typing import IO, Any, NoReturn
 
 #: The user that servers run as for root, by number, so it need not have a name or an entry.
 NOBODY = 65534
-#: Seconds that a server has for its stop signal, and what it leaves behind for its own end.
+#: Seconds that a server has for its stop signal.
 STOP_LIMIT = 5.0
+#: Seconds that a dead server's children have to notice. Those that wait for something do at once.
+ORPHAN_LIMIT = 1.0
 #: Seconds between two looks at a child that is waited for.
 CHILD_PERIOD = 0.01
 #: Longest base of a scratch directory; a unix socket's path has 107 bytes at most, 103 on macOS.
@@ -205,7 +207,7 @@ def end_orphans() -> None:
     They end by themselves, as a backend watches its postmaster; one that is too busy for that is
     killed. A restarted server must not meet them.
     """
-    deadline = time.monotonic() + STOP_LIMIT
+    deadline = time.monotonic() + ORPHAN_LIMIT
     with contextlib.suppress(ChildProcessError):
         while True:
             if os.waitpid(-1, os.WNOHANG)[0]:
