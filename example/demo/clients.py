@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WAITED = 0.010
 #: Seconds until a client of the web server gives up on its request, new tries after a 409 included.
 PATIENCE = 10.0
-#: Seconds until the crowd of a door that isn't a view gives up as a whole.
+#: Seconds until the crowd of tasks gives up as a whole.
 LIMIT = 20.0
 
 
@@ -105,13 +105,16 @@ def by_scripts(sku: str, load: Load) -> Told:
     with ExitStack() as stack:
         scripts = [stack.enter_context(_script(sku, times)) for _ in range(load.scripts)]
         for script in scripts:
+            # On the way out of an interrupted run; one that has ended is left alone.
+            stack.callback(script.kill)
+        for script in scripts:
             _wait_until_ready(script)
         began = time.monotonic()
         for script in scripts:
             if script.stdin:
                 script.stdin.write("go\n")
                 script.stdin.flush()
-        outputs = [script.communicate(timeout=LIMIT)[0] for script in scripts]
+        outputs = [script.communicate()[0] for script in scripts]
         seconds = time.monotonic() - began
     return Told([answer for output in outputs for answer in _sales(output, times)], seconds)
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import psycopg
+from kombu.exceptions import OperationalError
 from psycopg import sql
 
 from concurrency_safe.testing import PostgresServer, ValkeyServer
+from example.demo.processes import DemoError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,9 +48,34 @@ def broker() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
+def queue(app: Celery) -> Iterator[None]:
+    """Delete this run's queue in the end: the broker may be someone else's."""
+    _check_broker(app)
+    try:
+        yield
+    finally:
+        with app.connection_for_write() as connection:
+            # Without a limit, a broker that is gone by now would be waited for.
+            connection.ensure_connection(max_retries=1)
+            ours = app.amqp.queues[RUN](connection.default_channel)
+            # Redis forgets a queue's binding only on a connection that knows the queue.
+            ours.declare()
+            ours.delete()
+            ours.exchange.delete()
+
+
+def _check_broker(app: Celery) -> None:
+    with app.connection_for_write() as connection:
+        try:
+            connection.ensure_connection(max_retries=1)
+        except OperationalError as error:
+            raise DemoError(f"the broker in CELERY_BROKER_URL can't be reached: {error}") from error
+
+
+@contextmanager
 def _database_of_our_own(server: str) -> Iterator[str]:
     name = sql.Identifier(RUN)
-    with psycopg.connect(server, autocommit=True) as connection:
+    with _connect(server) as connection:
         try:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
             yield urlsplit(server)._replace(path=f"/{RUN}").geturl()
@@ -57,11 +84,8 @@ def _database_of_our_own(server: str) -> Iterator[str]:
             connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
 
 
-@contextmanager
-def queue(app: Celery) -> Iterator[None]:
-    """Delete this run's queue in the end: the broker may be someone else's."""
+def _connect(server: str) -> psycopg.Connection:
     try:
-        yield
-    finally:
-        with app.connection_for_write() as connection:
-            app.amqp.queues[RUN](connection.default_channel).delete()
+        return psycopg.connect(server, autocommit=True)
+    except psycopg.Error as error:
+        raise DemoError(f"the server in DATABASE_URL can't be reached: {error}") from error

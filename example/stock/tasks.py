@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from celery.signals import task_retry
+from concurrency_safe import Retry
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 from example.celery import app
@@ -21,7 +22,11 @@ def buy_unguarded(sku: str) -> bool:
     return sell_one(sku)
 
 
-@app.task(base=ConcurrencySafeTask, lock_key="stock:{sku}", on_conflict="retry")
+#: A sale holds the lock for milliseconds, so the delays of "retry" (1 s, growing to 30 s) are long.
+SOON = Retry(delay=0.1, max_delay=1.0)
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="stock:{sku}", on_conflict=SOON)
 def buy_guarded(sku: str) -> bool:
     """Sell one at a time; a task that finds the lock taken goes back to the queue."""
     return sell_one(sku)
