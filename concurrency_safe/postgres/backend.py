@@ -18,7 +18,7 @@ from . import sql
 from .inspect import Holder, holders_of, session_name
 from .pool import SessionPool
 from .protocol import ServerGoneError, ServerRefusedError
-from .session import complete_conninfo, open_session
+from .session import LockSession, complete_conninfo, open_session
 
 
 class PostgresBackend:
@@ -45,28 +45,29 @@ class PostgresBackend:
                 return True
             if timeout == 0 or slot.session is None:
                 return False
-            return (yield from slot.session.wait_acquire(number, deadline, self._max_block))
+            session: LockSession = slot.session
+            return (yield from session.wait_acquire(number, deadline, self._max_block))
         except (ServerGoneError, ServerRefusedError) as error:
             raise explain(error, key, timeout, time.monotonic() - started) from error
 
     def _try_acquire(self, slot: Slot, number: bytes) -> Steps[bool]:
         name = session_name(slot.work)
-        slot.session = self._pool.checkout()
-        if slot.session is not None:
+        idle = slot.session = self._pool.checkout()
+        if idle is not None:
             try:
-                return (yield from slot.session.try_acquire(number, name))
+                return (yield from idle.try_acquire(number, name))
             except ServerGoneError:
                 # It died while it was idle (a restart, a firewall). Nothing can have been granted to it.
-                slot.session.discard()
-        slot.session = yield from open_session(self._conninfo)
-        return (yield from slot.session.try_acquire(number, name))
+                idle.discard()
+        fresh = slot.session = yield from open_session(self._conninfo)
+        return (yield from fresh.try_acquire(number, name))
 
     def release(self, slot: Slot, key: LockKey) -> Steps[bool]:
         """Release the lock that `slot.session` holds, and return the session to the pool.
 
         Returns: False when it wasn't held any more: the session was cut, or shared by a pooler.
         """
-        session = slot.session
+        session: LockSession | None = slot.session
         if session is None:
             return False
         try:

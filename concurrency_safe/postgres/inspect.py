@@ -15,14 +15,20 @@ _HOST_BYTES = 15
 
 
 def session_name(work: str | None) -> str:
-    """Give the application_name of a session that holds, or awaits, a lock for `work` (a task's id), or for no named one."""
+    """Give the application_name of a session that holds, or awaits, a lock.
+
+    `work`: whose work it is for (a task's id); None: it has no name.
+    """
     host = socket.gethostname().encode("ascii", "replace").decode()[:_HOST_BYTES]
     name = f"cs:{host}:{os.getpid()}"
     return f"{name}:{short(work)}" if work else name
 
 
 def short(work: str) -> str:
-    """Give `work` as a session's name can carry it: itself (a UUID fits), or a digest of what is too long or strange."""
+    """Give `work` as a session's name can carry it.
+
+    That is `work` itself (a UUID fits), or a digest of what is too long or strange.
+    """
     room = _NAME_BYTES - len("cs::0000000:") - _HOST_BYTES
     if len(work) <= room and work.isascii() and work.isprintable():
         return work

@@ -6,6 +6,7 @@ clean ends it (`LockSession.discard`) instead of returning it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -42,12 +43,13 @@ class SessionPool:
     def prune(self) -> None:
         """End the sessions that are too many, or idle for too long."""
         oldest = time.monotonic() - self._max_idle
-        while self._idle and (len(self._idle) > self._size or self._idle[0].idle_since < oldest):
-            try:
-                session = self._idle.popleft()
-            except IndexError:  # another thread was quicker
+        # A snapshot: other threads lend and return meanwhile. The oldest stand first.
+        for session in list(self._idle):
+            if len(self._idle) <= self._size and session.idle_since >= oldest:
                 return
-            session.discard()
+            with contextlib.suppress(ValueError):  # it was lent a moment ago
+                self._idle.remove(session)
+                session.discard()
 
     def close(self) -> None:
         """End every idle session."""

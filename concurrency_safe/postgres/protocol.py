@@ -9,10 +9,8 @@ Source: https://www.postgresql.org/docs/current/libpq-async.html
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
 from psycopg import OperationalError, pq
-from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
+from psycopg.pq.abc import PGconn, PGresult
 
 from concurrency_safe.core.steps import READ, WRITE, SocketWait, Steps
 
@@ -67,7 +65,7 @@ def execute(
     pgconn: PGconn,
     prepared: set[bytes],
     statement: Statement,
-    params: Sequence[bytes] = (),
+    params: list[bytes] | None = None,
     until: float | None = None,
 ) -> Steps[PGresult]:
     """Run a prepared statement; prepare it first, when `prepared` says that this session hasn't yet.
@@ -142,9 +140,9 @@ def try_acquire(pgconn: PGconn, prepared: set[bytes], number: bytes, name: bytes
     Raises: ServerRefusedError, ServerGoneError.
     """
     if name is None:
-        result = yield from execute(pgconn, prepared, sql.TRY, (number,))
+        result = yield from execute(pgconn, prepared, sql.TRY, [number])
     else:
-        result = yield from execute(pgconn, prepared, sql.TRY_NAMED, (number, name))
+        result = yield from execute(pgconn, prepared, sql.TRY_NAMED, [number, name])
     return result.get_value(0, 0) == b"t"
 
 
@@ -161,7 +159,7 @@ def wait_acquire(
     """
     while (piece := max_block if deadline is None else min(deadline - time.monotonic(), max_block)) > 0:
         # At least 1 ms: lock_timeout 0 would mean no timeout.
-        params = (number, str(max(1, round(piece * 1000))).encode())
+        params = [number, str(max(1, round(piece * 1000))).encode()]
         try:
             yield from execute(pgconn, prepared, sql.WAIT, params, time.monotonic() + piece + GRACE)
         except ServerRefusedError as refused:
@@ -179,7 +177,7 @@ def release(pgconn: PGconn, prepared: set[bytes], number: bytes) -> Steps[bool]:
     Returns: False when the session did not hold it (the server wrote a warning).
     Raises: ServerRefusedError, ServerGoneError.
     """
-    result = yield from execute(pgconn, prepared, sql.RELEASE, (number,))
+    result = yield from execute(pgconn, prepared, sql.RELEASE, [number])
     return result.get_value(0, 0) == b"t"
 
 
@@ -188,7 +186,7 @@ def cancel(pgconn: PGconn, until: float) -> Steps[None]:
 
     Raises: ServerGoneError.
     """
-    canceling: PGcancelConn = pgconn.cancel_conn()
+    canceling = pgconn.cancel_conn()
     try:
         canceling.start()
         while (status := canceling.poll()) != pq.PollingStatus.OK:

@@ -39,6 +39,12 @@ CONNECTION_DEFAULTS: Mapping[str, str] = {
 #: Oldest server that is supported, as libpq numbers it.
 OLDEST_SERVER = 130000
 
+#: The first libpq that can cancel without blocking, as it numbers itself.
+LIBPQ_WITH_CANCEL = 170000
+
+#: How often a pooler is asked whose server process is whose.
+POOLER_ROUNDS = 3
+
 #: Every session of this process. No WeakSet: its callbacks would swallow what a signal handler raises in them.
 _sessions: dict[int, weakref.ref[LockSession]] = {}
 
@@ -77,7 +83,7 @@ class LockSession:
 
     def holders(self, number: bytes) -> Steps[PGresult]:
         """Ask who holds `number`: rows of backend pid, application_name, client address."""
-        return protocol.execute(self.pgconn, self.prepared, sql.HOLDERS, (number,))
+        return protocol.execute(self.pgconn, self.prepared, sql.HOLDERS, [number])
 
     def is_dead(self) -> bool:
         """Say, without a query, whether the server has closed this idle session."""
@@ -108,7 +114,7 @@ class LockSession:
 def cancel_statement(pgconn: PGconn) -> None:
     """Ask the server to end the statement under way, for at most `CANCEL_TIMEOUT` seconds; a failure is no error."""
     with contextlib.suppress(protocol.ServerGoneError, OperationalError):
-        if pq.version() >= 170000 and hasattr(pgconn, "cancel_conn"):
+        if pq.version() >= LIBPQ_WITH_CANCEL and hasattr(pgconn, "cancel_conn"):
             drive(protocol.cancel(pgconn, time.monotonic() + CANCEL_TIMEOUT))
         else:  # pragma: no cover - libpq before 17 has the blocking form only
             pgconn.get_cancel().cancel()
@@ -138,9 +144,11 @@ def open_session(info: str) -> Steps[LockSession]:
     except protocol.ServerGoneError as error:
         raise LockUnavailable(f"the lock store can't be reached: {str(error).strip()}") from error
     try:
-        pid = yield from _set_up(pgconn)
+        # Nothing is set on a server process that a pooler may share with others.
+        pid = yield from _set_up(pgconn, pgconn.backend_pid)
         if pid != pgconn.backend_pid:
             yield from _refuse_transaction_pooling(info, pgconn, pid)
+            yield from _set_up(pgconn, None)
     except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
         pgconn.finish()
         raise LockUnavailable(f"the lock store refused a new session: {str(error).strip()}") from error
@@ -155,15 +163,15 @@ def _connect_timeout(info: str) -> float:
     return float(given) if given and float(given) > 0 else CONNECT_TIMEOUT
 
 
-def _set_up(pgconn: PGconn) -> Steps[int]:
-    """Send the session's settings; return the pid of the server process."""
+def _set_up(pgconn: PGconn, expected: int | None) -> Steps[int]:
+    """Send the session's settings, for the server process `expected` (None: any); return the one that there is."""
     version = pgconn.server_version
     try:
-        row = yield from protocol.query(pgconn, sql.session_setup(version))
+        row = yield from protocol.query(pgconn, sql.session_setup(version, expected))
     except protocol.ServerRefusedError as refused:
         if refused.sqlstate != sql.INVALID_PARAMETER:
             raise
-        row = yield from protocol.query(pgconn, sql.session_setup(version, check_interval=False))
+        row = yield from protocol.query(pgconn, sql.session_setup(version, expected, check_interval=False))
     product = (row.get_value(0, 2) or b"").decode(errors="replace")
     refuse_impostor(product, version)
     if row.get_value(0, 1) == b"t":
@@ -190,20 +198,24 @@ def refuse_impostor(product: str, version: int) -> None:
 def _refuse_transaction_pooling(info: str, pgconn: PGconn, pid: int) -> Steps[None]:
     """Find out what the pooler in between does: only one that keeps a server process per client is safe.
 
-    The pid of the protocol is the pooler's own here. While our client is idle, a pooler in transaction mode lends its
-    server process to the next one: ask a second client, in a transaction, for its pid.
+    The pid of the protocol is the pooler's own here. While a client is idle, a pooler in transaction mode lends its
+    server process to the next one: so it gets another one itself, or a second client gets the same one, whichever of
+    its idle ones the pooler takes (the last used, or the longest idle). Asked several times, since others use the pool.
     """
     other = yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info))
+    ours, theirs = {pid}, set[int]()
     try:
-        row = yield from protocol.query(other, b"SELECT pg_backend_pid()")
-        again = yield from protocol.query(pgconn, b"SELECT pg_backend_pid()")
+        for _ in range(POOLER_ROUNDS):
+            for client, pids in ((pgconn, ours), (pgconn, ours), (other, theirs), (other, theirs)):
+                row = yield from protocol.query(client, b"SELECT pg_backend_pid()")
+                pids.add(int(row.get_value(0, 0) or 0))
     finally:
         other.finish()
-    if int(row.get_value(0, 0) or 0) == pid or int(again.get_value(0, 0) or 0) != pid:
+    if len(ours) > 1 or len(theirs) > 1 or ours == theirs:
         raise ConfigurationError(
             "a pooler in transaction mode (PgBouncer or the like) stands before the lock store: session locks would be "
-            "shared and lost there; give the library a direct connection (CONCURRENCY_SAFE = {'DSN': 'postgresql://...'}), "
-            "or a pool in session mode"
+            "shared and lost there; give the library a direct connection (CONCURRENCY_SAFE = {'DSN': "
+            "'postgresql://...'}), or a pool in session mode"
         )
 
 

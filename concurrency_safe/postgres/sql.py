@@ -18,10 +18,12 @@ class Statement(NamedTuple):
 #: One round trip, never waits. Refused also when somebody waits already, so it can't overtake a queue.
 TRY = Statement(b"cs_try", b"SELECT pg_try_advisory_lock($1::bigint)")
 
-#: The same, and the session says whose work it is for ($2, its application_name), so that a conflict can name the holder.
+#: The same, and the session says whose work it is for ($2, its application_name), so that a conflict can name the
+#: holder.
 TRY_NAMED = Statement(
     b"cs_try_named",
-    b"SELECT CASE WHEN set_config('application_name', $2::text, false) IS NOT NULL THEN pg_try_advisory_lock($1::bigint) END",
+    b"SELECT CASE WHEN set_config('application_name', $2::text, false) IS NOT NULL"
+    b" THEN pg_try_advisory_lock($1::bigint) END",
 )
 
 #: Blocks in the server, first come first served, up to $2 milliseconds. CASE fixes the order: the timeout is set first.
@@ -68,15 +70,17 @@ SESSION_SETTINGS: tuple[tuple[int, str, str], ...] = (
 )
 
 
-def session_setup(server_version: int, *, check_interval: bool = True) -> bytes:
+def session_setup(server_version: int, pid: int | None, *, check_interval: bool = True) -> bytes:
     """Give the one statement that sets up a fresh session and asks what it is.
 
-    `server_version` as libpq tells it (150018). `check_interval`: False for a server whose platform can't check
-    its client's socket (it refuses the setting).
+    `server_version` as libpq tells it (150018). `pid`: the settings are made only by the server process of that number;
+    None: by any. `check_interval`: False for a server whose platform can't check its client's socket (it refuses the
+    setting).
     Columns: backend pid, in recovery, version text, then the settings.
     """
+    when, end = ("", "") if pid is None else (f"CASE WHEN pg_backend_pid() = {pid} THEN ", " END")
     settings = [
-        f"set_config('{name}', '{value}', false)"
+        f"{when}set_config('{name}', '{value}', false){end}"
         for since, name, value in SESSION_SETTINGS
         if server_version >= since and (check_interval or name != "client_connection_check_interval")
     ]
