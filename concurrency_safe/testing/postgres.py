@@ -206,7 +206,7 @@ class PostgresServer(Server):
     def _copy_programs(self) -> Path:
         prefix = self._folder.resolve().parent
         copy = self._supervised.scratch / "copy" / prefix.parent.name / prefix.name
-        shutil.copytree(prefix, copy, symlinks=True)
+        shutil.copytree(prefix, copy, symlinks=True, ignore=shutil.ignore_patterns("include"))
         # The wheel's programs look for these at their place beside the package.
         libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
         if libraries.is_dir():
