@@ -1,0 +1,101 @@
+"""`python -m example.demo` shows what it promises, and leaves nothing running however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.integration.conftest import wait_for
+
+ROOT = Path(__file__).parents[2]
+DEMO = [sys.executable, "-m", "example.demo", "--short"]
+#: Seconds after which everything that a killed demo had started has to be gone.
+END_LIMIT = 5.0
+
+DOORS = {
+    "view, unguarded": False,
+    "view, select_for_update": True,
+    "view, @concurrency_safe": True,
+    "view, 409 and try again": True,
+    "scripts, with lock(...)": True,
+    "task, unguarded": False,
+    "task, ConcurrencySafeTask": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_unguarded_doors_lose_updates_and_guarded_doors_lose_none(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    before = databases()
+
+    demo = subprocess.run([*DEMO, "--json", file], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert databases() == before
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    assert {row["door"]: row["guarded"] for row in rows} == DOORS
+    for row in rows:
+        assert f"\n{row['door']}  " in demo.stdout
+        decrease = row["stock"] - row["left"]
+        assert row["sold"] + row["sold_out"] == row["requests"]
+        if row["guarded"]:
+            assert row["sold"] == decrease == min(row["stock"], row["requests"]) > 0
+            assert row["conflicts"] > 0
+            assert row["overlaps"] == 0
+        else:
+            assert row["sold"] > decrease
+            assert row["overlaps"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_killed_demo_leaves_no_process() -> None:
+    # Its servers shall be its own: what they leave is what is looked for.
+    given = {"DATABASE_URL", "CELERY_BROKER_URL"}
+    environment = {name: value for name, value in os.environ.items() if name not in given}
+    with subprocess.Popen(DEMO, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout
+        assert any("Celery workers answer" in line for line in demo.stdout)
+        started = descendants(demo.pid)
+        # PostgreSQL, Valkey, gunicorn and its two, Celery and its four, twice: each with who ends it.
+        assert len(started) > 20
+
+        demo.kill()
+
+        wait_for(lambda: not started & set(processes()), END_LIMIT)
+
+
+def databases() -> set[str]:
+    with psycopg.connect(os.environ["DATABASE_URL"]) as connection:
+        return {name for (name,) in connection.execute("SELECT datname FROM pg_database")}
+
+
+def descendants(pid: int) -> set[tuple[int, str]]:
+    """Return the processes that `pid` started, and those that they started."""
+    parents = processes()
+    found = {process for process, parent in parents.items() if parent == pid}
+    for child, _ in set(found):
+        found |= descendants(child)
+    return found
+
+
+def processes() -> dict[tuple[int, str], int]:
+    """Return the parent of every process that runs, each named by its pid and its start time."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, fields = stat.read_text().rpartition(") ")
+        except OSError:  # it has just ended
+            continue
+        state, parent, *rest = fields.split()
+        if state != "Z":
+            found[int(stat.parent.name), rest[17]] = int(parent)
+    return found
