@@ -25,7 +25,8 @@ _MISSING: Any = object()
 
 _FORMS = (
     '@concurrency_safe(key="stock:{sku}"), @concurrency_safe(key=("stock", "{sku}")), '
-    "@concurrency_safe(key=lambda request, sku: ...) or @concurrency_safe(key=True) for the function's name and all its arguments"
+    "@concurrency_safe(key=lambda request, sku: ...) or @concurrency_safe(key=True) for the function's name and all "
+    "its arguments"
 )
 
 
@@ -33,8 +34,8 @@ _FORMS = (
 class Verbs:
     """What a framework does where a policy leaves that to it; each returns the call's result, or raises.
 
-    `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back. `meet` is told of each conflict
-    before the policy is asked; it raises to end the call in the framework's own way.
+    `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back. `meet` is told of each
+    conflict before the policy is asked; it raises to end the call in the framework's own way.
     """
 
     retry: Callable[[Retry, LockAcquireTimeout | LockUnavailable], Any]
@@ -102,7 +103,8 @@ class Guard:
         if isinstance(self.policy, Retry):
             raise ConfigurationError(
                 f"{_name(fn)}: on_conflict='retry' needs a queue to go back to; use it on a task "
-                "(concurrency_safe.contrib.celery, concurrency_safe.contrib.dramatiq), or 'raise', 'skip' or a callable here"
+                "(concurrency_safe.contrib.celery, concurrency_safe.contrib.dramatiq), or 'raise', 'skip' or a "
+                "callable here"
             )
         template = KeyTemplate(self.key, fn)
 
@@ -168,7 +170,7 @@ class Guard:
                 return handler(error, *args, **kwargs) if pass_conflict else handler(*args, **kwargs)
 
 
-def concurrency_safe(
+def concurrency_safe(  # noqa: PLR0913 - one keyword an option, as `lock()` has them
     positional_key: Any = _MISSING,
     /,
     *,

@@ -26,7 +26,7 @@ from concurrency_safe.core.errors import (
 )
 from concurrency_safe.core.events import EventKind, LockEvent
 from concurrency_safe.core.keys import LockKey, lock_key
-from concurrency_safe.core.options import UNSET, LockOptions
+from concurrency_safe.core.options import UNSET, LockOptions, Unset
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.ownership import Claim, Footing, current_owner
 from concurrency_safe.postgres.alias import (
@@ -56,9 +56,9 @@ _stack: ContextVar[tuple[_Net, ...]] = ContextVar("concurrency_safe", default=()
 _kept: set[HeldLock] = set()
 
 
-def lock(
+def lock(  # noqa: PLR0913 - one keyword an option
     *keys: Key,
-    timeout: float | object | None = UNSET,
+    timeout: float | Unset | None = UNSET,
     shared: bool = False,
     slots: int = 1,
     scope: str = "auto",
@@ -387,7 +387,7 @@ class HeldLock:
             self._key.text,
         )
 
-    def _emit(self, kind: EventKind, **fields: Any) -> None:
+    def _emit(self, kind: EventKind, **fields: Any) -> None:  # noqa: ANN401 - the fields of LockEvent
         if kind == "conflicted" or instrumentation.hooked():
             instrumentation.emit(LockEvent(kind, self.keys, **fields))
 
@@ -464,8 +464,9 @@ def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, key
     if where is None:
         return False
     raise LockInTransaction(
-        f"lock {key.text!r} would be released before the transaction on {where!r} commits, and its updates could be lost; "
-        f"take the lock outside atomic(), or on that transaction (scope='auto' or 'transaction', using={where!r}), "
+        f"lock {key.text!r} would be released before the transaction on {where!r} commits, and its updates could "
+        "be lost; take the lock outside atomic(), or on that transaction "
+        f"(scope='auto' or 'transaction', using={where!r}), "
         "or say scope='detached' when it protects something other than that transaction's rows",
         key.text,
     )

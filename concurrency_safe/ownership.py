@@ -1,8 +1,8 @@
 """Who owns which key inside this process.
 
-Two sessions of one process exclude each other in the server, but one session is granted a lock that it holds already. So
-a key belongs to one owner of this process before the server is asked, whatever session will hold it; the others queue
-here, first come first served, and only one of them stands in the server's queue.
+Two sessions of one process exclude each other in the server, but one session is granted a lock that it holds already.
+So a key belongs to one owner of this process before the server is asked, whatever session will hold it; the others
+queue here, first come first served, and only one of them stands in the server's queue.
 
 Every step survives an exception that a signal handler or `PyThreadState_SetAsyncExc` raises between two calls: what was
 done is written down before it takes effect, and leaving twice is the same as leaving once.
@@ -143,10 +143,10 @@ class Ownership:
                     current.queue = deque()
                 mine.queue = current.queue
                 mine.queue.append(mine)
-        while (current := self._claims.get(key.number)) is not mine:
+        while (blocker := self._claims.get(key.number)) is not mine:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
-                return current
+                return blocker
             again = now + LOOK_AGAIN
             yield GateWait(mine.gate, again if deadline is None else min(again, deadline))
         mine.count = 1

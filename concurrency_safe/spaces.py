@@ -43,8 +43,8 @@ def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Loc
     if dsn is None:
         if connection is None:
             raise ConfigurationError(
-                "there is no lock store: call concurrency_safe.configure(dsn='postgresql://...'), or set the environment "
-                "variable CONCURRENCY_SAFE_DSN or DATABASE_URL, or configure Django"
+                "there is no lock store: call concurrency_safe.configure(dsn='postgresql://...'), or set the "
+                "environment variable CONCURRENCY_SAFE_DSN or DATABASE_URL, or configure Django"
             )
         dsn = _dsn_of(connection)
     elif connection is not None and connection.vendor == "postgresql":

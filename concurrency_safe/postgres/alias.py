@@ -66,8 +66,8 @@ def require_postgresql(connection: BaseDatabaseWrapper) -> None:
     if connection.vendor != "postgresql":
         raise ConfigurationError(
             f"the database alias {connection.alias!r} is {connection.vendor}, which has no advisory locks as "
-            "PostgreSQL's; name a PostgreSQL alias (CONCURRENCY_SAFE = {'USING': ...}) or give the locks a PostgreSQL server of "
-            "their own (CONCURRENCY_SAFE = {'DSN': 'postgresql://...'})"
+            "PostgreSQL's; name a PostgreSQL alias (CONCURRENCY_SAFE = {'USING': ...}) or give the locks a PostgreSQL "
+            "server of their own (CONCURRENCY_SAFE = {'DSN': 'postgresql://...'})"
         )
 
 

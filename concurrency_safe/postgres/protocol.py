@@ -9,6 +9,7 @@ Source: https://www.postgresql.org/docs/current/libpq-async.html
 from __future__ import annotations
 
 import time
+
 from psycopg import OperationalError, pq
 from psycopg.pq.abc import PGconn, PGresult
 

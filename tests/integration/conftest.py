@@ -98,13 +98,13 @@ def fresh_library() -> Iterator[None]:
 
 @pytest.fixture
 def dsn(db_name: str) -> str:
-    """The DSN of the lock store, for code that has no Django."""
+    """Give the DSN of the lock store, for code that has no Django."""
     return db_name
 
 
 @pytest.fixture
 def db_name(transactional_db: None) -> str:
-    """The DSN of Django's test database."""
+    """Give the DSN of Django's test database."""
     from django.db import connection
 
     from concurrency_safe.postgres.alias import dsn_of

@@ -39,7 +39,7 @@ def in_child(body: object, *, politely: bool = False) -> int:
 
 
 @pytest.mark.parametrize("politely", [False, True], ids=["_exit", "normal exit"])
-def test_the_parents_lock_survives_its_childs_exit(politely: bool, rival: Rival) -> None:
+def test_the_parents_lock_survives_its_childs_exit(rival: Rival, *, politely: bool) -> None:
     with lock("one") as held:
         for _ in range(RUNS):
             assert in_child(lambda: None, politely=politely) == 0

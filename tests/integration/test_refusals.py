@@ -6,21 +6,25 @@ import os
 import subprocess
 import sys
 
+import psycopg
 import pytest
 
 from concurrency_safe import ConfigurationError
-from concurrency_safe.postgres.session import refuse_impostor
+from concurrency_safe.postgres.session import complete_conninfo, open_session, refuse_impostor
+from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
+from tests.servers.pgbouncer import PgBouncer
 
 TAKE = """
 import sys
 from concurrency_safe import ConcurrencySafeError, configure, lock
 configure(dsn=sys.argv[1])
-try:
-    with lock("one"):
-        print("the body ran")
-except ConcurrencySafeError as error:
-    print(type(error).__name__, error)
+for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 1):
+    try:
+        with lock("one"):
+            print("the body ran")
+    except ConcurrencySafeError as error:
+        print(type(error).__name__, error)
 """
 
 TAKE_ON_ALIAS = """
@@ -119,3 +123,48 @@ def test_an_impostor_is_refused(product: str, version: int, words: str) -> None:
 
 def test_postgresql_is_no_impostor() -> None:
     refuse_impostor("PostgreSQL 13.1 on x86_64-pc-linux-gnu", 130001)
+
+
+@pytest.mark.parametrize("taken", ["last used", "longest idle"])
+@pytest.mark.parametrize("warm", [0, 1, 2])
+def test_a_pooler_in_transaction_mode_is_refused_each_time(warm: int, taken: str) -> None:
+    """Whatever server connections are in its pool, and whichever of them it takes."""
+    settings = {"server_round_robin": str(int(taken == "longest idle"))}
+    with PostgresServer() as server, PgBouncer(server, settings) as pooler:
+        open_server_connections(pooler.dsn, warm)
+        said = take(pooler.dsn, "10").splitlines()
+        assert len(said) == 10
+        for line in said:
+            assert line.startswith("ConfigurationError a pooler in transaction mode")
+            assert "direct connection (CONCURRENCY_SAFE = {'DSN': 'postgresql://...'})" in line
+            assert "pool in session mode" in line
+
+        with psycopg.connect(server.dsn, autocommit=True) as seen:
+            assert seen.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_a_refused_pooler_keeps_its_settings() -> None:
+    with PostgresServer({"lock_timeout": "7s"}) as server, PgBouncer(server) as pooler:
+        assert take(pooler.dsn).startswith("ConfigurationError")
+
+        with psycopg.connect(pooler.dsn, autocommit=True) as client:
+            assert client.execute("SHOW lock_timeout").fetchone() == ("7s",)
+
+
+def test_a_pooler_in_session_mode_is_fine() -> None:
+    settings = {"lock_timeout": "7s"}
+    with PostgresServer(settings) as server, PgBouncer(server, {"pool_mode": "session"}) as pooler:
+        assert take(pooler.dsn, "10").splitlines() == ["the body ran"] * 10
+
+        session = drive(open_session(complete_conninfo(pooler.dsn)))
+        assert session.pgconn.exec_(b"SHOW lock_timeout").get_value(0, 0) == b"0"
+        session.discard()
+
+
+def open_server_connections(dsn: str, number: int) -> None:
+    """Let a pooler open `number` server connections, and leave them idle in its pool."""
+    clients = [psycopg.connect(dsn) for _ in range(number)]
+    for client in clients:
+        client.execute("SELECT 1")
+    for client in clients:
+        client.close()

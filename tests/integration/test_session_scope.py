@@ -31,6 +31,14 @@ def in_thread(body: object) -> threading.Thread:
     return thread
 
 
+def cut_holders(rival: Rival) -> int:
+    """End the sessions that hold a lock; return how many holders are left."""
+    rival.connection.execute(
+        "SELECT pg_terminate_backend(pid, 15000) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
+    )
+    return 0
+
+
 def test_a_block_holds_the_key_and_frees_it(rival: Rival) -> None:
     with lock("stock:ABC") as held:
         assert not rival.try_hold("stock:ABC")
@@ -150,7 +158,7 @@ def test_threads_of_one_process_queue_in_order(store: LockStore) -> None:
     threads = []
     for number in range(6):
         threads.append(in_thread(lambda number=number: work(number)))
-        wait_for(lambda number=number: claim.queue is not None and len(claim.queue) == number + 1)
+        wait_for(lambda: claim.queue is not None and len(claim.queue) == len(threads))
     held.release()
     for thread in threads:
         thread.join()
@@ -255,34 +263,31 @@ def test_assert_locked_knows_what_is_held() -> None:
 
 def test_a_cut_session_is_noticed_in_the_body_and_at_its_end(rival: Rival) -> None:
     noticed: list[HeldLock] = []
-    with pytest.raises(LockLost, match="'one'"), lock("one") as held:
+
+    def body(held: HeldLock) -> None:
         held.on_lost(noticed.append)
-        rival.connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
-        )
+        cut_holders(rival)
         wait_for(lambda: held.is_lost)
         with pytest.raises(LockLost):
             held.check()
         with pytest.raises(LockLost):
             assert_locked("one")
 
+    with pytest.raises(LockLost, match="'one'"), lock("one") as held:
+        body(held)
+
     assert noticed == [held]
 
 
 def test_a_loss_does_not_hide_the_body_error(rival: Rival) -> None:
     with pytest.raises(ZeroDivisionError), lock("one"):
-        rival.connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
-        )
-        _ = 1 / 0
+        _ = 1 / cut_holders(rival)
 
 
 def test_a_loss_is_only_logged_when_the_settings_say_so(rival: Rival, caplog: pytest.LogCaptureFixture) -> None:
     configure(on_lost="log")
     with lock("one"):
-        rival.connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
-        )
+        cut_holders(rival)
 
     assert "'one' was lost" in caplog.text
 

@@ -232,7 +232,7 @@ def test_a_deadlock_names_its_victim_and_leaves_the_transaction_usable(rival: Ri
     with transaction.atomic(), lock("first"):
         crossing = threading.Thread(target=rival.hold, args=["first"])
         crossing.start()
-        with pytest.raises(LockDeadlock, match="'second'.*one order"), lock("second", timeout=10):
+        with pytest.raises(LockDeadlock, match=r"'second'.*one order"), lock("second", timeout=10):
             pytest.fail("two holders")
         with connection.cursor() as cursor:
             cursor.execute("SELECT 'still usable'")
@@ -307,7 +307,7 @@ class InsideTestCase(TestCase):
 
 def test_an_unknown_alias_is_refused_with_the_known_ones() -> None:
     with (
-        pytest.raises(ConfigurationError, match="'nowhere'.*'default'"),
+        pytest.raises(ConfigurationError, match=r"'nowhere'.*'default'"),
         lock("one", using="nowhere"),
     ):
         pytest.fail("the body ran unguarded")
