@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WORKERS = ("first", "second")
 CHILDREN = 4
+#: The doors that are views, by their addresses.
+VIEWS = ("unguarded", "row-lock", "guarded", "or-busy")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Shop:
                 "",
                 f"The shop is open at {address}/ until Ctrl-C. In another terminal:",
                 f"  curl {address}/",
-                *(f"  curl -X POST {address}/buy/{door}/play/" for door in ("unguarded", "guarded", "or-busy")),
+                *(f"  curl -X POST {address}/buy/{door}/play/" for door in VIEWS),
                 "or, for scripts and tasks, from the folder of the project:",
                 *(f"  export {name}={os.environ[name]}" for name in names),
                 "  python -m example.manage buy play --times 3",
@@ -54,10 +56,10 @@ def open_shop(stack: ExitStack) -> Shop:
     database_url, where = stack.enter_context(database())
     step(f"PostgreSQL is ready: {where}")
     broker_url, where = stack.enter_context(broker())
-    step(f"the broker is ready: {where}")
     _set_up_django(database_url, broker_url)
     stack.callback(connection.close)
     stack.enter_context(queue(app))
+    step(f"the broker is ready: {where}")
     call_command("migrate", verbosity=0)
     step("the tables are migrated")
     fleet = stack.enter_context(Fleet())

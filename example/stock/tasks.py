@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from celery.signals import task_retry
+
 from concurrency_safe import Retry
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
-
 from example.celery import app
 from example.stock.models import Product, PutBack
 from example.stock.selling import sell_one
