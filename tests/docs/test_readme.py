@@ -6,7 +6,7 @@ import datetime as dt
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from celery import current_app
@@ -30,7 +30,7 @@ class Account(models.Model):
 
     user_id = models.IntegerField(unique=True)
     balance = models.IntegerField()
-    objects = models.Manager["Account"]()
+    objects: ClassVar = models.Manager["Account"]()
 
     class Meta:
         app_label = "readme"
