@@ -162,8 +162,7 @@ class Server(abc.ABC):
 
     def _environment(self) -> dict[str, str]:
         """Return an environment without what would steer a server from outside."""
-        unwanted = ("PG", "LC_", "LANG")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         return {**kept, "LC_ALL": "C"}
 
     @abc.abstractmethod

@@ -106,15 +106,17 @@ def test_no_server_outlives_an_owner_that_ends_without_stop(folder: Path) -> Non
 
 def test_the_shared_servers_are_gone_before_their_process(folder: Path) -> None:
     script = """
-import json
+import atexit, json, os
+from pathlib import Path
 from concurrency_safe.testing import embedded_postgres, embedded_valkey
-print(json.dumps([embedded_postgres().pid, embedded_valkey().pid]), flush=True)
+# What is registered first is called last.
+atexit.register(lambda: print(json.dumps([str(scratch) for scratch in scratches if scratch.exists()])))
+scratches = [embedded_postgres().log.parent, embedded_valkey().log.parent]
+assert all(scratch.exists() for scratch in scratches)
 """
     with running(sys.executable, "-c", script, folder=folder) as owner:
-        pids = says(owner)
-        owner.communicate()
-
-        assert left(folder, *pids) == []
+        assert says(owner) == []
+        assert left(folder) == []
 
 
 def test_an_owner_killed_during_initdb_leaves_nothing(folder: Path) -> None:
@@ -171,7 +173,6 @@ if not child:
         server.kill()
     except ServerError as error:
         print(json.dumps(str(error)), flush=True)
-    server.stop()
     sys.stdin.read()
     os._exit(0)
 print(json.dumps([server.pid, child]), flush=True)
@@ -189,6 +190,23 @@ os.waitpid(child, 0)
         wait_for(lambda: not left(folder, pid), END_LIMIT)
         assert is_there(child)
         os.kill(child, signal.SIGKILL)
+
+
+def test_stop_in_a_forked_child_stops_nothing(folder: Path) -> None:
+    script = """
+import json, os
+from concurrency_safe.testing import PostgresServer
+with PostgresServer() as server:
+    child = os.fork()
+    if not child:
+        server.stop()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps([server.running, status]), flush=True)
+"""
+    with running(sys.executable, "-c", script, folder=folder) as owner:
+        assert says(owner) == [True, 0]
+        assert owner.wait(END_LIMIT) == 0
 
 
 def test_a_server_outlives_the_thread_that_started_it() -> None:

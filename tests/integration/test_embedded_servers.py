@@ -87,8 +87,9 @@ def test_the_environment_does_not_steer_postgres(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LC_ALL", "xx_XX.nothing")
 
     with PostgresServer() as server:
+        dsn = server.create_database("unmoved")
         monkeypatch.undo()
-        assert ask(server.dsn, "SELECT inet_server_port()") == server.port
+        assert ask(dsn, "SELECT inet_server_port()") == server.port
 
 
 @pytest.mark.parametrize("name", ["orders", "it's a/b?c", "-dashed"])
