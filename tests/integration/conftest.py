@@ -24,6 +24,11 @@ def wait_for(fact: Callable[[], object], limit: float = LIMIT) -> None:
         os.sched_yield()
 
 
+def bare_environment() -> dict[str, str]:
+    """Give our environment less what names a database: for a process that gets a DSN of its own."""
+    return {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")}
+
+
 class LockStore:
     """The database that holds the locks, seen by a session of its own."""
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from concurrency_safe.testing import PostgresServer
-from tests.integration.conftest import LockStore, Rival, wait_for
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 
 WAITERS = 8
 
@@ -29,7 +29,7 @@ def test_processes_enter_in_the_order_in_which_they_came() -> None:
         processes = []
         for number in range(WAITERS):
             command = [sys.executable, "-c", WAITER, server.dsn, str(number)]
-            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=bare_environment()))
             wait_for(lambda: store.waiting() == len(processes))
 
         before = server.log.read_text().count("pg_advisory_lock")

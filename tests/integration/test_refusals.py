@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from concurrency_safe import ConfigurationError
 from concurrency_safe.postgres.session import complete_conninfo, open_session, refuse_impostor
 from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
+from tests.integration.conftest import bare_environment
 from tests.servers.pgbouncer import PgBouncer
 
 TAKE = """
@@ -48,11 +48,8 @@ except ConcurrencySafeError as error:
 
 def take(*arguments: str, program: str = TAKE) -> str:
     """Run `program` in a process without our environment's DSN; return what it printed."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")
-    }
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=bare_environment()).stdout
 
 
 def test_a_standby_is_refused() -> None:
@@ -87,15 +84,12 @@ def test_another_engine_with_a_lock_store_of_its_own_is_fine(engine: str) -> Non
 
 def test_no_store_at_all_is_an_error_that_says_how_to_name_one() -> None:
     program = "from concurrency_safe import lock\nwith lock('one'): print('the body ran')"
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DJANGO_SETTINGS_MODULE")
-    }
     ran = subprocess.run(
         [sys.executable, "-c", program],
         check=False,
         capture_output=True,
         text=True,
-        env=environment,
+        env=bare_environment(),
     )
 
     assert "the body ran" not in ran.stdout

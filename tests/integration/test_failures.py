@@ -1,0 +1,297 @@
+"""Limits, and servers that fail: an error that says which, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+
+import psycopg
+import pytest
+from django.db import connection, transaction
+from psycopg import conninfo
+
+from concurrency_safe import (
+    ConfigurationError,
+    LockAcquireTimeout,
+    LockCapacityError,
+    LockNotHeld,
+    LockUnavailable,
+    configure,
+    lock,
+)
+from concurrency_safe.core.keys import LockKey, lock_key
+from concurrency_safe.ownership import Footing, Ownership, ThreadGate, current_owner
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.inspect import session_name, short
+from concurrency_safe.postgres.session import complete_conninfo, open_session
+from concurrency_safe.postgres.waiting import drive
+from concurrency_safe.testing import PostgresServer
+from tests.integration.conftest import LockStore, Rival, wait_for
+
+
+def backend_for(dsn: str, *, pool_size: int = 4, pool_idle: float = 60.0) -> PostgresBackend:
+    return PostgresBackend(dsn, pool_size=pool_size, pool_idle=pool_idle, max_block=10.0)
+
+
+def take(backend: PostgresBackend, key: str, timeout: float | None = 3.0) -> Footing:
+    """Acquire `key` as a lock does, without Django."""
+    footing = Footing(None)
+    assert drive(Ownership(1000).enter(footing, lock_key(key), object(), None)) is None
+    assert footing.claim is not None
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        assert drive(backend.acquire(footing.claim, lock_key(key), deadline, timeout))
+    except BaseException:
+        footing.drop()
+        raise
+    return footing
+
+
+# In this process.
+
+
+def test_more_locks_than_max_held_are_refused(store: LockStore) -> None:
+    configure(max_held=2)
+    with lock("one"), lock("two"):
+        with pytest.raises(LockCapacityError, match=r"holds 2 locks.*MAX_HELD=2"), lock("three"):
+            pytest.fail("one more than the cap")
+        with lock("two"):
+            assert store.rows() == 2
+
+    with lock("three"):
+        assert store.rows() == 1
+
+
+@pytest.mark.parametrize("owner", ["the same", "another"])
+def test_two_keys_of_one_number_are_refused(owner: str) -> None:
+    claims = Ownership(10)
+    me = object()
+    held = Footing(None)
+    assert drive(claims.enter(held, LockKey("one", 7), me, None)) is None
+
+    with pytest.raises(ConfigurationError, match="'one' and 'two' have the same number 7"):
+        drive(claims.enter(Footing(None), LockKey("two", 7), me if owner == "the same" else object(), None))
+    held.drop()
+    assert claims.find(LockKey("one", 7), me) is None
+
+
+def test_the_owner_is_the_running_task() -> None:
+    async def owner() -> tuple[object, object]:
+        return current_owner(), asyncio.current_task()
+
+    first, task = asyncio.run(owner())
+    assert first is task
+    assert current_owner() is threading.current_thread()
+
+
+def test_a_gate_may_be_opened_twice() -> None:
+    gate = ThreadGate()
+    gate.open()
+    gate.open()
+    assert gate.wait(0)
+
+
+def test_a_released_lock_says_so() -> None:
+    with lock("one") as held:
+        assert repr(held) == "<HeldLock 'one' held>"
+    assert repr(held) == "<HeldLock 'one' not held>"
+    with pytest.raises(LockNotHeld, match="not held any more"):
+        held.check()
+    assert repr(lock("one")) == "<Lock 'one'>"
+
+
+def test_async_with_is_refused() -> None:
+    async def enter() -> None:
+        async with lock("one"):
+            pytest.fail("not in this release")
+
+    with pytest.raises(ConfigurationError, match="async with"):
+        asyncio.run(enter())
+
+
+def test_a_forgotten_lock_ends_its_session(store: LockStore) -> None:
+    """As when an exception hits `__exit__` before its first line."""
+    single = lock("one")
+    single.__enter__()
+    assert store.rows() == 1
+    del single
+    wait_for(lambda: store.rows() == 0)
+
+
+def test_a_works_name_fits_into_the_sessions() -> None:
+    assert session_name("0b9a3c1e").endswith(":0b9a3c1e")
+    assert len(session_name("x" * 200)) <= 63
+    assert short("x" * 200) != short("x" * 201)
+    assert short("ä").isascii()
+
+
+# The pool.
+
+
+def test_the_pool_keeps_pool_size_sessions(store: LockStore) -> None:
+    configure(pool_size=2)
+    held = [lock(f"key {number}").acquire() for number in range(4)]
+    assert store.sessions() == 4
+    for one in held:
+        one.release()
+
+    wait_for(lambda: store.sessions() == 2)
+
+
+def test_an_idle_session_ends_after_pool_idle(store: LockStore) -> None:
+    configure(pool_idle=0.0)
+    with lock("one"):
+        first = store.connection.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()
+    with lock("one"):
+        second = store.connection.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()
+
+    assert first != second
+    wait_for(lambda: store.sessions() <= 1)
+
+
+# The server.
+
+
+def test_a_full_lock_table_is_a_capacity_error() -> None:
+    settings = {"max_locks_per_transaction": "10", "max_connections": "10", "max_wal_senders": "0"}
+    with PostgresServer(settings) as server, psycopg.connect(server.dsn, autocommit=True) as greedy:
+        backend = backend_for(server.dsn)
+        footing = take(backend, "one")
+        assert footing.claim is not None
+        assert drive(backend.release(footing.claim, lock_key("one")))
+        with pytest.raises(psycopg.errors.OutOfMemory):
+            greedy.execute("SELECT count(pg_advisory_lock(n)) FROM generate_series(1, 1000000) n")
+        with pytest.raises(LockCapacityError, match="max_locks_per_transaction"):
+            take(backend, "two")
+
+
+def test_a_server_that_dies_under_a_waiter_is_unavailable() -> None:
+    with PostgresServer() as server:
+        rival, store = Rival(server.dsn), LockStore(server.dsn)
+        rival.hold("one")
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            with pytest.raises(LockUnavailable, match="'one' was not acquired") as caught:
+                take(backend_for(server.dsn), "one", None)
+            errors.append(caught.value)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        wait_for(lambda: store.waiting() == 1)
+        server.stop()
+        waiter.join()
+        assert errors
+        rival.connection.close()
+        store.connection.close()
+
+
+def test_a_waiter_whose_session_is_cut_is_unavailable(store: LockStore, rival: Rival) -> None:
+    rival.hold("one")
+    errors: list[LockUnavailable] = []
+
+    def wait() -> None:
+        with pytest.raises(LockUnavailable, match="'one'") as caught, lock("one", timeout=None):
+            pytest.fail("two holders")
+        errors.append(caught.value)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    wait_for(lambda: store.waiting() == 1)
+    store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+    waiter.join()
+
+    assert errors
+    assert store.rows() == 1  # the rival's
+
+
+def test_a_silent_server_is_given_up_at_the_connect_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dsn = f"postgresql://nobody@127.0.0.1:{listener.getsockname()[1]}/none?connect_timeout=1"
+        started = time.monotonic()
+        with pytest.raises(LockUnavailable, match="in time"):
+            drive(open_session(complete_conninfo(dsn)))
+
+    assert 1 <= time.monotonic() - started < 5
+
+
+def test_a_stopped_holder_of_the_session_does_not_block_discard(dsn: str) -> None:
+    """The cancel request has a limit of its own, also where the server process does not react."""
+    session = drive(open_session(complete_conninfo(dsn)))
+    session.pgconn.send_query(b"SELECT pg_sleep(60)")
+    os.kill(session.pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        session.discard()
+        assert time.monotonic() - started < 1
+    finally:
+        os.kill(session.pid, signal.SIGCONT)
+
+
+# DSN and alias.
+
+
+def test_a_dsn_that_cannot_be_read_is_refused_without_its_password() -> None:
+    with pytest.raises(ConfigurationError, match="can't be read") as caught:
+        complete_conninfo("postgresql://me:secret@host:port:5432/%zz")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_dsn_to_another_database_is_refused(dsn: str) -> None:
+    configure(dsn=conninfo.make_conninfo(dsn, dbname="template1"))
+    with pytest.raises(ConfigurationError, match="different databases"), lock("one"):
+        pytest.fail("the body ran on a lock that does not exclude")
+    with (
+        transaction.atomic(),
+        pytest.raises(ConfigurationError, match="different databases"),
+        lock("one"),
+    ):
+        pytest.fail("the body ran on a lock that does not exclude")
+
+
+def test_a_dsn_to_the_same_database_by_another_name_is_fine(dsn: str, rival: Rival) -> None:
+    host = conninfo.conninfo_to_dict(dsn)["host"]
+    other = "localhost" if host == "127.0.0.1" else "127.0.0.1"
+    configure(dsn=conninfo.make_conninfo(dsn, host=other))
+    with lock("one"):
+        assert not rival.try_hold("one")
+    with transaction.atomic(), lock("two"):
+        assert not rival.try_hold("two")
+
+
+def test_a_dsn_that_is_away_can_not_be_compared(dsn: str) -> None:
+    configure(dsn=conninfo.make_conninfo(dsn, port="1"))
+    with pytest.raises(LockUnavailable, match="could not be checked"), lock("one"):
+        pytest.fail("the body ran unguarded")
+
+
+# Transactions.
+
+
+@pytest.mark.parametrize("timeout", [0, 5])
+def test_a_transaction_whose_session_is_cut_is_unavailable(timeout: float, store: LockStore, rival: Rival) -> None:
+    rival.hold("one")
+
+    def body() -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            (pid,) = cursor.fetchone()
+        store.connection.execute("SELECT pg_terminate_backend(%s, 15000)", [pid])
+        with lock("one", timeout=timeout):
+            pytest.fail("two holders")
+
+    with pytest.raises(LockUnavailable), transaction.atomic():
+        body()
+    connection.close()
+
+
+def test_a_conflict_in_a_process_that_holds_nothing_else_frees_its_session(store: LockStore, rival: Rival) -> None:
+    rival.hold("one")
+    with pytest.raises(LockAcquireTimeout), lock("one", timeout=0):
+        pytest.fail("two holders")
+    assert store.rows() == 1
+    assert store.sessions() == 1
