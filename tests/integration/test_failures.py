@@ -32,6 +32,11 @@ from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import LockStore, Rival, wait_for
 
+HOLDER = (
+    "SELECT pid FROM pg_locks WHERE locktype = 'advisory'"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
 
 def backend_for(dsn: str, *, pool_size: int = 4, pool_idle: float = 60.0) -> PostgresBackend:
     return PostgresBackend(dsn, pool_size=pool_size, pool_idle=pool_idle, max_block=10.0)
@@ -145,9 +150,9 @@ def test_the_pool_keeps_pool_size_sessions(store: LockStore) -> None:
 def test_an_idle_session_ends_after_pool_idle(store: LockStore) -> None:
     configure(pool_idle=0.0)
     with lock("one"):
-        first = store.connection.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()
+        first = store.connection.execute(HOLDER).fetchone()
     with lock("one"):
-        second = store.connection.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()
+        second = store.connection.execute(HOLDER).fetchone()
 
     assert first != second
     wait_for(lambda: store.sessions() <= 1)
@@ -202,7 +207,10 @@ def test_a_waiter_whose_session_is_cut_is_unavailable(store: LockStore, rival: R
     waiter = threading.Thread(target=wait)
     waiter.start()
     wait_for(lambda: store.waiting() == 1)
-    store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+    store.connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_locks"
+        " WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
     waiter.join()
 
     assert errors

@@ -35,6 +35,7 @@ def cut_holders(rival: Rival) -> int:
     """End the sessions that hold a lock; return how many holders are left."""
     rival.connection.execute(
         "SELECT pg_terminate_backend(pid, 15000) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     )
     return 0
 
@@ -296,7 +297,8 @@ def test_a_session_that_died_while_idle_is_replaced(store: LockStore, rival: Riv
     with lock("one"):
         pass
     rival.connection.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'cs:%'"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'cs:%' AND datname = current_database()"
     )
     wait_for(lambda: store.sessions() == 0)
 
