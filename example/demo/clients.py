@@ -28,7 +28,7 @@ WAITED = 0.010
 #: Seconds until a client of the web server gives up on its request, new tries after a 409 included.
 PATIENCE = 10.0
 #: Seconds until the crowd of tasks gives up as a whole.
-LIMIT = 20.0
+LIMIT = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
