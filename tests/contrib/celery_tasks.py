@@ -14,7 +14,7 @@ from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 BROKER = os.environ.get("CELERY_BROKER_URL", "memory://")
 
-app = Celery("tests", broker=BROKER, backend=BROKER)
+app = Celery("tests", broker=BROKER, backend=os.environ.get("CELERY_BROKER_URL"))
 app.conf.task_default_queue = os.environ.get("CELERY_QUEUE", "tests")
 app.conf.task_acks_late = True
 app.conf.task_reject_on_worker_lost = True

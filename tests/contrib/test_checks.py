@@ -71,3 +71,31 @@ def test_switched_off_locks_are_an_error_at_deployment() -> None:
 
     assert status != 0
     assert "concurrency_safe.E002" in said
+
+
+def test_a_worker_of_a_django_project_starts_only_without_mistakes(tmp_path: Path) -> None:
+    """Celery runs Django's checks at a worker's start, and passes over their messages."""
+    (tmp_path / "project.py").write_text(
+        "import os\n"
+        "os.environ['DJANGO_SETTINGS_MODULE'] = 'tests.settings'\n"
+        "from celery import Celery\n"
+        "from concurrency_safe.contrib.celery import ConcurrencySafeTask\n"
+        "app = Celery('project', broker='memory://')\n"
+        "@app.task(name='pay', base=ConcurrencySafeTask, lock_key='pay:{uid}')\n"
+        "def pay(user_id): ...\n"
+    )
+    command = [sys.executable, "-m", "celery", "-A", "project", "worker", "-c", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=50)
+
+    assert ran.returncode == 1
+    assert "task pay: key template 'pay:{uid}'" in ran.stderr.strip().splitlines()[-1]
+
+
+def test_the_check_of_a_project_with_celery_ends() -> None:
+    """Importing the tasks makes Celery run all checks again."""
+    command = [sys.executable, "-c", "import example.celery; from example.manage import main; main()", "check"]
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "example.settings"}
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=50)
+
+    assert ran.returncode == 0, ran.stderr
