@@ -1,6 +1,7 @@
 """One text for one value: in every process, and after a trip through a JSON message.
 
-A value that has no such text is refused, never shown by its `repr`: an address in memory would make every call's key its own.
+A value that has no such text is refused, never shown by its `repr`: an address in memory would make every call's key
+its own.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from enum import Enum
 
 from .errors import KeyTemplateError
 
-_TEXTUAL = (uuid.UUID, Decimal, dt.date, dt.time, dt.timedelta)
+_TEXTUAL = (uuid.UUID, Decimal, dt.timedelta)
 
 
 def canonical(value: object) -> str:
     """Give the text of `value` as a part of a key.
 
-    str, int, bool, float, Decimal, UUID, date, time, timedelta as they read (an aware datetime in UTC, so that one instant
-    has one text); an Enum as its value; a model instance as its primary key.
+    str, int, bool, float, Decimal, UUID, date, time, timedelta as they read (an aware datetime in UTC, so that one
+    instant has one text); an Enum as its value; a model instance as its primary key.
 
     Raises: KeyTemplateError: None, "", a float that is no number, or a type without a canonical text.
     """
@@ -55,23 +56,21 @@ def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, str):
-        return str.__str__(value)
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, dt.datetime):
-        return (value.astimezone(dt.timezone.utc) if value.tzinfo is not None else value).isoformat()
-    if isinstance(value, (dt.date, dt.time)):
-        return value.isoformat()
-    if isinstance(value, _TEXTUAL):
-        return str(value)
+        # Not a subclass' own __str__; but Django's lazy objects say that they are a str where they wrap one.
+        return str.__str__(value) if issubclass(type(value), str) else str(value)
     if hasattr(value, "_meta") and hasattr(value, "pk"):
         if value.pk is None:
             raise KeyTemplateError(f"{type(value).__name__} in a key is not saved yet: it has no primary key")
         return _plain(value.pk)
-    # Django's SimpleLazyObject says it is a str where it wraps one.
-    if isinstance(value, str) or getattr(value, "__class__", None) is str:
-        return str(value)
-    return value
+    if isinstance(value, (dt.date, dt.time)):
+        return _iso(value)
+    return str(value) if isinstance(value, _TEXTUAL) else value
+
+
+def _iso(value: dt.date | dt.time) -> str:
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        value = value.astimezone(dt.timezone.utc)
+    return value.isoformat()
 
 
 def _tree(value: object) -> object:

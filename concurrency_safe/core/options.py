@@ -56,7 +56,7 @@ class LockOptions:
         check_count("slots", self.slots, at_least=1)
         if self.max_waiters is not None:
             check_count("max_waiters", self.max_waiters, at_least=0)
-        if self.using is not None and not (isinstance(self.using, str) and self.using):
+        if self.using is not None and (not isinstance(self.using, str) or not self.using):
             raise ConfigurationError(f"using={self.using!r} is not the name of a database alias")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import string
+from _string import formatter_field_name_split  # type: ignore[import-not-found]  # as string.Formatter does
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +16,8 @@ from .keys import Rendered, check_text
 Arguments = Mapping[str, Any]
 
 _FORMS = (
-    'a key is a template ("stock:{sku}"), a tuple of parts ("stock", "{sku}"), a callable that gets the call\'s arguments, '
-    "or True for the name and all arguments"
+    'a key is a template ("stock:{sku}"), a tuple of parts ("stock", "{sku}"), a callable that gets the call\'s '
+    "arguments, or True for the name and all arguments"
 )
 
 _MISSING: Any = object()
@@ -31,8 +32,8 @@ class KeyTemplate:
 
         `name`: what stands for the function in the key of `spec=True`; default: its module and qualified name.
 
-        Raises: KeyTemplateError: the template is malformed, or names what `fn` doesn't take. ConfigurationError: `spec` is
-            nothing that a key can be made of.
+        Raises: KeyTemplateError: the template is malformed, or names what `fn` doesn't take. ConfigurationError: `spec`
+            is nothing that a key can be made of.
         """
         self._spec = spec
         self._fn = fn
@@ -54,8 +55,8 @@ class KeyTemplate:
     def render(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | tuple[object, ...]:
         """Make the key of one call.
 
-        Raises: KeyTemplateError: a field is None, empty, missing, or has no canonical text. TypeError: the arguments don't
-            fit the function; it is the function's own.
+        Raises: KeyTemplateError: a field is None, empty, missing, or has no canonical text. TypeError: the arguments
+            don't fit the function; it is the function's own.
         """
         if self._parts:
             fields = _Fields(self._signature, args, kwargs)
@@ -169,7 +170,7 @@ class _Field:
         self._path = path
         self._spec = spec
         self._conversion = conversion
-        first, steps = string._string.formatter_field_name_split(path)  # type: ignore[attr-defined]  # as Formatter does
+        first, steps = formatter_field_name_split(path)
         self.name = str(first)
         self._steps: list[tuple[bool, str | int]] = list(steps)
         if first == "" or isinstance(first, int):

@@ -45,8 +45,9 @@ STOP_SIGNALS: Mapping[str, int] = {
 class PostgresServer(Server):
     """A PostgreSQL server on a free port of 127.0.0.1, gone when this process is gone.
 
-    It runs for root as for a plain user; no user is created and no directory opened for it. Every
-    local user may log in as any user of the database without a password: it is for tests.
+    It runs for root as for a plain user; no user is created and no directory opened for it. It asks
+    for no password: whoever can connect to 127.0.0.1 is its superuser, and can do to the files of
+    the user who started it what that user can. So not on a machine that you share.
 
     Args:
         settings: settings of postgresql.conf, over `DEFAULTS`. Change the attribute `settings` and

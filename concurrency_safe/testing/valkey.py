@@ -54,8 +54,15 @@ class ValkeyServer(Server):
     def _is_ready(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
-                connection.sendall(b"INFO server\r\n")
+                connection.sendall(b"INFO server\r\nPING\r\n")
+                replies = b""
+                # While it still reads its data, the reply is "-LOADING ...".
+                while b"PONG\r\n" not in replies and b"-LOADING" not in replies:
+                    chunk = connection.recv(65536)
+                    if not chunk:
+                        return False
+                    replies += chunk
                 # Its pid: another server may have taken the port just before ours.
-                return f"process_id:{self.pid}\r\n".encode() in connection.recv(65536)
+                return b"PONG\r\n" in replies and f"process_id:{self.pid}\r\n".encode() in replies
         except OSError:
             return False

@@ -236,6 +236,27 @@ def test_no_server_outlives_its_killed_supervisor(kind: type[PostgresServer | Va
     shutil.rmtree(scratch)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_supervisor_that_is_told_to_end_clears_up_first(signum: int) -> None:
+    server = PostgresServer().start()
+    scratch = server.log.parent
+
+    server._supervised._process.send_signal(signum)
+
+    wait_for(lambda: not is_there(server.pid) and not scratch.exists(), END_LIMIT)
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_killed_at_stop() -> None:
+    server = ValkeyServer().start()
+    os.kill(server.pid, signal.SIGSTOP)
+
+    server.stop()
+
+    assert not is_there(server.pid)
+
+
 @pytest.mark.parametrize("kind", [PostgresServer, ValkeyServer])
 def test_stop_removes_everything_also_after_a_kill(kind: type[PostgresServer | ValkeyServer]) -> None:
     server = kind().start()

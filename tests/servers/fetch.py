@@ -20,6 +20,8 @@ FOLDER = (
 ).absolute()
 #: Said when there is no other way, after the reason.
 HOW_TO_INSTALL = "apt-get install pgbouncer, or on macOS brew install pgbouncer, brings it"
+#: Where Debian has it, and a plain user's PATH does not lead.
+SYSTEM_FOLDER = "/usr/sbin"
 #: How often libraries of libraries are looked for. One round is enough on Debian 12.
 ROUNDS = 4
 #: Seconds that a command may take; the longest reads the distribution's lists over the network.
@@ -41,7 +43,7 @@ def main() -> int:
 
 def pgbouncer_program() -> Path | None:
     """Return the path of PgBouncer, of the system or fetched; None: there is none."""
-    system = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    system = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_FOLDER}")
     fetched = FOLDER / "usr/sbin/pgbouncer"
     if system:
         return Path(system)

@@ -1,0 +1,175 @@
+"""Key templates: checked where they are declared, and the same key for the same call."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from enum import Enum
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from concurrency_safe import ConfigurationError, KeyTemplateError
+from concurrency_safe.core.templates import KeyTemplate
+
+
+def buy(sku: str, amount: int = 1, *, user: Any = None) -> None: ...
+
+
+def anything(*args: Any, **kwargs: Any) -> None: ...
+
+
+class Color(Enum):
+    RED = "red"
+
+
+class User:
+    _meta = object()
+    pk = 7
+    name = "Ada"
+
+
+class Shop:
+    _meta = object()
+    pk = 3
+
+    def sell(self, sku: str) -> None: ...
+
+
+def render(spec: Any, *args: Any, of: Any = buy, **kwargs: Any) -> Any:
+    return KeyTemplate(spec, of).render(args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "args", "kwargs", "key"),
+    [
+        ("nightly", ("A",), {}, "nightly"),
+        ("stock:{sku}", ("A",), {}, "stock:A"),
+        ("stock:{sku}", (), {"sku": "A"}, "stock:A"),
+        ("{sku}-{amount}", ("A",), {}, "A-1"),
+        ("{sku}-{amount:03}", ("A", 7), {}, "A-007"),
+        ("{sku!r}", ("A",), {}, "'A'"),
+        ("{sku:>3}", ("A",), {}, "  A"),
+        ("{user}", ("A",), {"user": User()}, "7"),
+        ("{user.name}", ("A",), {"user": User()}, "Ada"),
+        ("{user.name}", ("A",), {"user": {"name": "Ada"}}, "Ada"),
+        ("{user[name]}", ("A",), {"user": {"name": "Ada"}}, "Ada"),
+        ("{user[0]}", ("A",), {"user": ["x"]}, "x"),
+        ("{user!s}", ("A",), {"user": b"x"}, "b'x'"),
+        ("{user:%Y}", ("A",), {"user": dt.date(2026, 11, 23)}, "2026"),
+        ("{user}", ("A",), {"user": Color.RED}, "red"),
+        ("{{{sku}}}", ("A",), {}, "{A}"),
+        (("stock", "{sku}"), ("A",), {}, ("stock", "A")),
+        (("stock", 7, "{sku}"), ("A",), {}, ("stock", "7", "A")),
+        (lambda sku, **_: f"k:{sku}", ("A",), {"user": 1}, "k:A"),
+        (lambda sku: ("k", sku), ("A",), {}, ("k", "A")),
+        (lambda *_: ("k", Color.RED), ("A",), {}, ("k", "red")),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_call_has_its_key(spec: Any, args: Any, kwargs: Any, key: object) -> None:
+    assert KeyTemplate(spec, buy).render(args, kwargs) == key
+
+
+def test_true_is_the_name_and_all_arguments() -> None:
+    name = f"{__name__}.buy"
+
+    assert render(True, "A") == f'{name}{{"amount":1,"sku":"A","user":null}}'
+    assert render(True, sku="A", amount=1) == render(True, "A")
+    assert KeyTemplate(True, buy, name="buy").render(("A",), {}) == 'buy{"amount":1,"sku":"A","user":null}'
+    assert render(True, 1, of=anything, x=2).endswith('{"args":[1],"x":2}')
+    with pytest.raises(KeyTemplateError, match="object"):
+        render(True, object())
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("stock:{skew}", r"'stock:\{skew\}'.*'skew'.*'sku', 'amount', 'user'"),
+        (("stock", "{skew}"), "'skew'"),
+        ("{}", "by position"),
+        ("{0}", "by position"),
+        ("{sku.__class__}", "Python's own"),
+        ("{sku:{amount}}", "not the field"),
+        ("{sku-x}", "not the field"),
+        ("{sku", "expected"),
+        ("", "empty"),
+        (("stock", None), "strangers"),
+    ],
+    ids=repr,
+)
+def test_a_bad_template_fails_where_it_is_declared(spec: Any, says: str) -> None:
+    with pytest.raises(KeyTemplateError, match=says):
+        KeyTemplate(spec, buy)
+
+
+@pytest.mark.parametrize("spec", [None, False, 7, (), [], str])
+def test_what_is_no_recipe_is_refused_with_the_forms(spec: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"stock:\{sku\}"):
+        KeyTemplate(spec, buy)
+
+
+@pytest.mark.parametrize(
+    ("spec", "args", "kwargs", "says"),
+    [
+        ("stock:{sku}", (None,), {}, r"'stock:\{sku\}', field \{sku\}.*strangers"),
+        ("stock:{sku}", ("",), {}, "strangers"),
+        ("{user}", ("A",), {"user": object()}, "object in a key"),
+        ("{user.pk}", ("A",), {"user": None}, "AttributeError"),
+        ("{user[x]}", ("A",), {"user": {}}, "KeyError"),
+        ("{user.x}", ("A",), {"user": {}}, "KeyError"),
+        ("{amount:%Q}", ("A",), {}, "ValueError"),
+        (lambda *_: None, ("A",), {}, "returned None"),
+        (lambda *_: "", ("A",), {}, "returned ''"),
+        (lambda *_: (), ("A",), {}, "returned"),
+        (lambda *_: 7, ("A",), {}, "returned 7"),
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_a_value_that_makes_no_key_is_an_error_of_the_call(spec: Any, args: Any, kwargs: Any, says: str) -> None:
+    with pytest.raises(KeyTemplateError, match=says):
+        KeyTemplate(spec, buy).render(args, kwargs)
+
+
+def test_names_of_extra_keywords_are_known_only_at_the_call() -> None:
+    assert render("k:{x}", of=anything, x=1) == "k:1"
+    with pytest.raises(KeyTemplateError, match="'x'"):
+        render("k:{x}", of=anything)
+
+
+def test_wrong_arguments_are_the_functions_own_error() -> None:
+    with pytest.raises(TypeError, match="sku"):
+        render("{sku}")
+    with pytest.raises(TypeError, match=r"takes|too many"):
+        render("{amount}", 1, 2, 3)
+
+
+def test_methods_know_themselves() -> None:
+    assert render("{self}:{sku}", Shop(), "A", of=Shop.sell) == "3:A"
+
+
+def test_a_partial_of_a_bound_method_takes_no_self() -> None:
+    """As Django's method_decorator makes it: its __wrapped__ does."""
+    partial = functools.wraps(Shop.sell)(functools.partial(Shop.sell.__get__(Shop())))
+
+    assert render("{sku}", "A", of=partial) == "A"
+
+
+def test_hostile_values_stay_values() -> None:
+    assert render("{sku}:{amount}", "{amount}", 2) == "{amount}:2"
+    assert render("{sku}", "{0.__class__}") == "{0.__class__}"
+
+
+@settings(max_examples=50)
+@given(st.text(min_size=1, alphabet="abc{}:"), st.integers())
+def test_arguments_are_never_swapped(sku: str, amount: int) -> None:
+    template = KeyTemplate("{amount}|{sku}", buy)
+
+    assert template.render((sku, amount), {}) == f"{amount}|{sku}"
+    assert template.render((), {"amount": amount, "sku": sku}) == f"{amount}|{sku}"
+
+
+def test_it_shows_its_recipe() -> None:
+    assert repr(KeyTemplate("{sku}", buy)) == "KeyTemplate('{sku}')"
