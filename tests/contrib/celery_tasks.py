@@ -12,9 +12,9 @@ from celery.exceptions import Ignore, Reject
 from concurrency_safe import Call, Retry, Skip, assert_locked, current_lock, lock
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
-BROKER = os.environ.get("CELERY_BROKER_URL", "memory://")
+BROKER = os.environ["TESTS_BROKER_URL"]
 
-app = Celery("tests", broker=BROKER, backend=os.environ.get("CELERY_BROKER_URL"))
+app = Celery("tests", set_as_current=False, broker=BROKER, backend=BROKER)
 app.conf.task_default_queue = os.environ.get("CELERY_QUEUE", "tests")
 app.conf.task_acks_late = True
 app.conf.task_reject_on_worker_lost = True

@@ -15,10 +15,14 @@ import pytest
 from psycopg import sql
 
 from concurrency_safe.testing import broker_url, postgres_dsn
-from tests.contrib.celery_tasks import app
 from tests.integration.conftest import LockStore, Rival, db_name, dsn, fresh_library, rival, store, wait_for
 
 __all__ = ["db_name", "dsn", "fresh_library", "rival", "store"]  # fixtures, for the tests of this folder
+
+# Before the app is imported: it reads its broker's address once.
+os.environ["TESTS_BROKER_URL"] = broker_url()
+
+from tests.contrib.celery_tasks import app
 
 OVERLAPS = """
 SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid < b.ctid
@@ -35,7 +39,6 @@ class Workers:
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"},
             "DATABASE_URL": dsn,
-            "CELERY_BROKER_URL": broker_url(),
             "CELERY_QUEUE": self.queue,
         }
         self.use()
@@ -49,7 +52,7 @@ class Workers:
 
     def use(self) -> None:
         """Let what this process sends go to these workers."""
-        app.conf.update(broker_url=broker_url(), result_backend=broker_url(), task_default_queue=self.queue)
+        app.conf.task_default_queue = self.queue
 
     def start(self, concurrency: int = 4, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a worker; wait until it answers."""
