@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,9 +47,10 @@ def needed_by(requirements: list[str]) -> set[str]:
     while waiting:
         requirement = waiting.pop()
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if applies and requirement.name not in found:
-            found.add(requirement.name)
-            waiting += map(Requirement, metadata.requires(requirement.name) or [])
+        name = canonicalize_name(requirement.name)
+        if applies and name not in found:
+            found.add(name)
+            waiting += map(Requirement, metadata.requires(name) or [])
     return found
 
 
