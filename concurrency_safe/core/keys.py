@@ -43,7 +43,8 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
     if isinstance(key, LockKey):
         return key
     if isinstance(key, str):
-        text = check_text(key)
+        # A lazy object, as Django's, is a str by its __class__ alone.
+        text = check_text(key if issubclass(type(key), str) else str(key))
         return LockKey(text, _number(namespace, b"text", [text]))
     if isinstance(key, tuple):
         if not key:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import string
 from _string import formatter_field_name_split  # type: ignore[import-not-found]  # as string.Formatter does
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .canonical import canonical, canonical_arguments
+from .canonical import canonical, canonical_arguments, formatted
 from .errors import ConfigurationError, KeyTemplateError
 from .keys import Rendered, check_text
-
-Arguments = Mapping[str, Any]
+from .parameters import Finder, Parameters
 
 _FORMS = (
     'a key is a template ("stock:{sku}"), a tuple of parts ("stock", "{sku}"), a callable that gets the call\'s '
     "arguments, or True for the name and all arguments"
 )
 
-_MISSING: Any = object()
 _FORMATTER = string.Formatter()
 
 
@@ -36,9 +32,7 @@ class KeyTemplate:
             is nothing that a key can be made of.
         """
         self._spec = spec
-        self._fn = fn
-        # A partial of a bound method, as Django's method_decorator makes it, says by __wrapped__ that it takes self.
-        self._signature = inspect.signature(fn, follow_wrapped=not isinstance(fn, functools.partial))
+        self._parameters = Parameters(fn)
         self._name = name or f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', type(fn).__name__)}"
         self._parts: tuple[_Part, ...] = ()
         if isinstance(spec, str):
@@ -47,6 +41,7 @@ class KeyTemplate:
             self._parts = tuple(self._part(part) if isinstance(part, str) else _Part.constant(part) for part in spec)
         elif spec is not True and (isinstance(spec, type) or not callable(spec)):
             raise ConfigurationError(f"key={spec!r}: {_FORMS}")
+        self._names = frozenset(name for part in self._parts for name in part.names)
 
     def __repr__(self) -> str:
         """Show the recipe."""
@@ -59,13 +54,27 @@ class KeyTemplate:
             don't fit the function; it is the function's own.
         """
         if self._parts:
-            fields = _Fields(self._signature, args, kwargs)
+            args = self._certain(args, kwargs)
             if isinstance(self._spec, str):
-                return self._parts[0].render(fields)
-            return tuple(part.render(fields) for part in self._parts)
+                return self._parts[0].render(args, kwargs)
+            return tuple(part.render(args, kwargs) for part in self._parts)
         if self._spec is True:
-            return Rendered(f"{self._name}{canonical_arguments(bind(self._signature, args, kwargs))}")
+            if not self._parameters.fit(args, kwargs):
+                self._parameters.refuse(args, kwargs)
+            return Rendered(f"{self._name}{canonical_arguments(self._parameters.bind(args, kwargs))}")
         return self._checked(self._spec(*args, **kwargs))
+
+    def _certain(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Give the positional arguments whose names are certain: all, or none where the call doesn't fit.
+
+        It may be right all the same: a decorator below may add arguments of its own, and `functools.wraps` shows the
+        inner signature. What is given by name is what is meant; what is wrong, the function itself will say.
+        """
+        if self._parameters.fit(args, kwargs):
+            return args
+        if not self._names <= kwargs.keys() - self._parameters.nameless:
+            self._parameters.refuse(args, kwargs)
+        return ()
 
     def _checked(self, key: object) -> str | tuple[object, ...]:
         if isinstance(key, str) and key:
@@ -77,51 +86,16 @@ class KeyTemplate:
         )
 
     def _part(self, template: str) -> _Part:
-        part = _Part.parse(template)
-        parameters = self._signature.parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            unknown = [field for field in part.names if field not in parameters]
-            if unknown:
-                raise KeyTemplateError(
-                    f"key template {template!r} of {self._name} names {', '.join(map(repr, unknown))}, "
-                    f"but it takes {', '.join(map(repr, parameters)) or 'nothing'}",
-                    template,
-                )
+        part = _Part.parse(template, self._parameters)
+        known = self._parameters.names
+        unknown = [name for name in part.names if name not in known]
+        if unknown and not self._parameters.takes_any_keyword:
+            raise KeyTemplateError(
+                f"key template {template!r} of {self._name} names {', '.join(map(repr, unknown))}, "
+                f"but it takes {', '.join(map(repr, known)) or 'nothing'}",
+                template,
+            )
         return part
-
-
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give every argument of a call by its name, with defaults applied and extra keywords among the others.
-
-    Raises: TypeError: the arguments don't fit.
-    """
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(parameter.name)
-    return arguments
-
-
-class _Fields:
-    """The arguments of one call, found by name; the whole signature is bound only when that is needed."""
-
-    __slots__ = ("_args", "_bound", "_kwargs", "_signature")
-
-    def __init__(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._signature = signature
-        self._args = args
-        self._kwargs = kwargs
-        self._bound: dict[str, Any] | None = None
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._kwargs.get(name, _MISSING)
-        if value is not _MISSING:
-            return value
-        if self._bound is None:
-            self._bound = bind(self._signature, self._args, self._kwargs)
-        return self._bound[name]
 
 
 class _Part:
@@ -139,7 +113,7 @@ class _Part:
         return cls(repr(value), [(canonical(value), None)])
 
     @classmethod
-    def parse(cls, template: str) -> _Part:
+    def parse(cls, template: str, parameters: Parameters) -> _Part:
         if not template:
             raise KeyTemplateError("a key template must not be empty")
         try:
@@ -148,22 +122,31 @@ class _Part:
             raise KeyTemplateError(f"key template {template!r}: {error}", template) from None
         pieces: list[tuple[str, _Field | None]] = []
         for literal, path, spec, conversion in parsed:
-            pieces.append((literal, None if path is None else _Field(template, path, spec or "", conversion)))
+            field = None
+            if path is not None:
+                field = _Field(template, path, spec or "", conversion)
+                field.find = parameters.finder(field.name)
+            pieces.append((literal, field))
         return cls(template, pieces)
 
-    def render(self, fields: _Fields) -> Rendered:
+    def render(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rendered:
         texts = []
         for literal, field in self._pieces:
             texts.append(literal)
             if field is not None:
-                texts.append(field.render(fields))
-        return Rendered(check_text(Rendered("".join(texts))))
+                texts.append(field.render(args, kwargs))
+        key = Rendered("".join(texts))
+        check_text(key)
+        return key
 
 
 class _Field:
     """One {field} of a template."""
 
-    __slots__ = ("_conversion", "_path", "_spec", "_steps", "_template", "name")
+    __slots__ = ("_conversion", "_path", "_spec", "_steps", "_template", "find", "name")
+
+    #: How a call's argument is found.
+    find: Finder
 
     def __init__(self, template: str, path: str, spec: str, conversion: str | None) -> None:
         self._template = template
@@ -189,29 +172,20 @@ class _Field:
                 template,
             )
 
-    def render(self, fields: _Fields) -> str:
+    def render(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         try:
-            value = self._value(fields)
-            if self._conversion:
+            value = self.find(args, kwargs)
+            for is_attribute, step in self._steps:
+                # A model of pydantic's is a dict still where the key of its task is rendered.
+                by_item = not is_attribute or isinstance(value, Mapping)
+                value = value[step] if by_item else getattr(value, str(step))
+            if self._conversion and value is not None:
                 value = _FORMATTER.convert_field(value, self._conversion)
-            text = canonical(value)
-            return format(value if not isinstance(value, str) else text, self._spec) if self._spec else text
+            return formatted(value, self._spec)
         except KeyTemplateError as error:
             raise self._error(str(error)) from None
-        except (LookupError, AttributeError, ValueError) as error:
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise self._error(f"{type(error).__name__}: {error}") from error
-
-    def _value(self, fields: _Fields) -> Any:
-        value = fields[self.name]
-        for is_attribute, step in self._steps:
-            if not is_attribute:
-                value = value[step]
-            elif isinstance(value, Mapping):
-                # A model of pydantic's is a dict still where the key of its task is rendered.
-                value = value[step]
-            else:
-                value = getattr(value, str(step))
-        return value
 
     def _error(self, reason: str) -> KeyTemplateError:
         return KeyTemplateError(f"key template {self._template!r}, field {{{self._path}}}: {reason}", self._template)

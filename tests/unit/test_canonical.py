@@ -34,6 +34,22 @@ class Text(str):
         return "something else"
 
 
+class Ratio(float):
+    """As numpy's floats do, it shows itself otherwise than a float."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Ratio({float(self)})"
+
+
+class Amount(int):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "something else"
+
+
 class Model:
     """What the library knows a model instance by."""
 
@@ -43,6 +59,8 @@ class Model:
         self.pk = pk
 
 
+#: Earlier in UTC than any datetime.
+FIRST_HOUR = dt.datetime(1, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1)))
 NOON = dt.datetime(2026, 11, 23, 12, 0, tzinfo=dt.timezone.utc)
 
 
@@ -68,6 +86,12 @@ NOON = dt.datetime(2026, 11, 23, 12, 0, tzinfo=dt.timezone.utc)
         (Model(ID), str(ID)),
         (SimpleLazyObject(lambda: Model(7)), "7"),
         (SimpleLazyObject(lambda: "abc"), "abc"),
+        (SimpleLazyObject(lambda: 7), "7"),
+        (SimpleLazyObject(lambda: True), "True"),
+        (SimpleLazyObject(lambda: 1.5), "1.5"),
+        (Ratio(1.5), "1.5"),
+        (Amount(7), "7"),
+        (-0.0, "0.0"),
     ],
     ids=repr,
 )
@@ -86,6 +110,8 @@ def test_a_value_has_one_text(value: object, text: str) -> None:
         (object(), "object in a key"),
         ([1], "list in a key"),
         (Model(None), "not saved"),
+        (SimpleLazyObject(lambda: None), "strangers"),
+        (FIRST_HOUR, "no time in UTC"),
     ],
     ids=repr,
 )
@@ -100,6 +126,23 @@ def test_arguments_are_tagged_and_sorted() -> None:
     assert len(set(texts)) == len(texts)
     assert canonical_arguments({"b": 1, "a": (2, 3)}) == canonical_arguments({"a": [2, 3], "b": 1})
     assert canonical_arguments({Color.RED: Model(7)}) == '{"red":7}'
+
+
+def test_arguments_are_seen_through_what_wraps_them() -> None:
+    lazy = SimpleLazyObject(lambda: {"n": SimpleLazyObject(lambda: 5), "r": Ratio(1.5)})
+
+    assert canonical_arguments([lazy]) == '[{"n":5,"r":1.5}]'
+    assert canonical_arguments([SimpleLazyObject(lambda: None), SimpleLazyObject(lambda: False)]) == "[null,false]"
+    assert canonical_arguments([Model((1, "a"))]) == '[[1,"a"]]'  # a composite primary key
+    assert canonical_arguments([-0.0]) == canonical_arguments([0.0])
+
+
+def test_a_list_that_holds_itself_is_refused() -> None:
+    endless: list[object] = []
+    endless.append(endless)
+
+    with pytest.raises(KeyTemplateError, match="holds itself"):
+        canonical_arguments(endless)
 
 
 def test_arguments_are_the_same_after_a_message() -> None:

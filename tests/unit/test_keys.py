@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import Any
+
 import pytest
+from django.utils.functional import SimpleLazyObject
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +18,7 @@ VECTORS: list[tuple[object, str, int]] = [
     ("stock:ABC", "", -6624288163605018330),
     ("stock:ABC", "blue", -8874037363159279605),
     ("größe:ß\u2028🔒", "", -6332778796271141520),
+    ("größe:ß🔒", "", -36495001482943636),
     (("stock", "ABC"), "", 2237666906375377921),
     (("stock", 7), "blue", 5716566615594271497),
     (("stockABC",), "", 8516036208344023836),
@@ -89,3 +94,14 @@ def test_what_is_no_key_is_refused(key: object, says: str) -> None:
 def test_braces_that_are_no_field_are_fine(text: str) -> None:
     assert lock_key(text).text == text
     assert lock_key(Rendered("{sku}")).text == "{sku}"
+
+
+def test_a_text_may_come_in_a_wrapper() -> None:
+    class Name(str, Enum):
+        STOCK = "stock:ABC"
+
+    wrappers: list[Any] = [Name.STOCK, SimpleLazyObject(lambda: "stock:ABC")]
+    for wrapped in wrappers:
+        key = lock_key(wrapped)
+        assert key == lock_key("stock:ABC")
+        assert type(key.text) is str

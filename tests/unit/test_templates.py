@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import uuid
+from collections.abc import Callable
+from decimal import Decimal
 from enum import Enum
 from typing import Any
 
 import pytest
+from django.utils.functional import SimpleLazyObject
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrency_safe import ConfigurationError, KeyTemplateError
+from concurrency_safe.core.parameters import Parameters
 from concurrency_safe.core.templates import KeyTemplate
 
 
@@ -19,6 +24,13 @@ def buy(sku: str, amount: int = 1, *, user: Any = None) -> None: ...
 
 
 def anything(*args: Any, **kwargs: Any) -> None: ...
+
+
+#: Five hours before UTC's midnight.
+EAST = dt.timezone(dt.timedelta(hours=5))
+
+#: A lazy object formats by no format spec at all.
+NaiveLazy = SimpleLazyObject(lambda: dt.date(2026, 11, 23))
 
 
 class Color(Enum):
@@ -59,6 +71,11 @@ def render(spec: Any, *args: Any, of: Any = buy, **kwargs: Any) -> Any:
         ("{user[0]}", ("A",), {"user": ["x"]}, "x"),
         ("{user!s}", ("A",), {"user": b"x"}, "b'x'"),
         ("{user:%Y}", ("A",), {"user": dt.date(2026, 11, 23)}, "2026"),
+        ("{user:%H}", ("A",), {"user": dt.datetime(2026, 11, 23, 1, tzinfo=EAST)}, "20"),
+        ("{user:.8}", ("A",), {"user": uuid.UUID(int=1)}, "00000000"),
+        ("{user:.2f}", ("A",), {"user": Decimal("1.5")}, "1.50"),
+        ("{user:03}", ("A",), {"user": User()}, "007"),
+        ("{user:>5}", ("A",), {"user": Color.RED}, "  red"),
         ("{user}", ("A",), {"user": Color.RED}, "red"),
         ("{{{sku}}}", ("A",), {}, "{A}"),
         (("stock", "{sku}"), ("A",), {}, ("stock", "A")),
@@ -125,6 +142,12 @@ def test_what_is_no_recipe_is_refused_with_the_forms(spec: Any) -> None:
         (lambda *_: "", ("A",), {}, "returned ''"),
         (lambda *_: (), ("A",), {}, "returned"),
         (lambda *_: 7, ("A",), {}, "returned 7"),
+        ("{sku:.0}", ("A",), {}, "strangers"),
+        ("{user!s}", ("A",), {}, "strangers"),
+        ("{user!r:>9}", ("A",), {}, "strangers"),
+        ("{user[x]}", ("A",), {}, "TypeError"),
+        ("{sku:%Y}", ("A",), {}, "ValueError"),
+        ("{user:>3}", ("A",), {"user": NaiveLazy}, "TypeError"),
     ],
     ids=lambda value: repr(value)[:25],
 )
@@ -139,11 +162,86 @@ def test_names_of_extra_keywords_are_known_only_at_the_call() -> None:
         render("k:{x}", of=anything)
 
 
-def test_wrong_arguments_are_the_functions_own_error() -> None:
+def test_extra_keywords_are_found_in_their_dict_too() -> None:
+    assert render("k:{kwargs[x]}:{args[0]}", 5, of=anything, x=1) == "k:1:5"
+
+
+@pytest.mark.parametrize("spec", ["{sku}", "{amount}", ("k", "{sku}"), True])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "says"),
+    [
+        ((), {}, r"buy\(\) missing .*'sku'"),
+        ((1, 2, 3), {}, r"buy\(\) too many"),
+        ((1,), {"skew": 1}, r"buy\(\) .*'skew'"),
+    ],
+)
+def test_wrong_arguments_are_the_functions_own_error(spec: Any, args: Any, kwargs: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        KeyTemplate(spec, buy).render(args, kwargs)
+
+
+def test_a_decorator_below_may_add_arguments() -> None:
+    """functools.wraps shows the inner signature; what is given by name is certain all the same."""
+
+    @functools.wraps(buy)
+    def with_sku(*args: Any, **kwargs: Any) -> None: ...
+
+    assert render("{user}", of=with_sku, user="Ada") == "Ada"
+    assert render("{amount}:{user}", "X", 7, 8, of=with_sku, user="Ada", amount=2) == "2:Ada"
     with pytest.raises(TypeError, match="sku"):
-        render("{sku}")
-    with pytest.raises(TypeError, match=r"takes|too many"):
-        render("{amount}", 1, 2, 3)
+        render("{sku}", of=with_sku, user="Ada")
+
+
+def positional_only(sku: str, /, **more: Any) -> None: ...
+
+
+def test_a_positional_argument_is_not_swapped_for_a_keyword_of_its_name() -> None:
+    assert render("{sku}", "A", of=positional_only, sku="B") == "A"
+    assert render("{more[sku]}", "A", of=positional_only, sku="B") == "B"
+    with pytest.raises(TypeError, match="sku"):
+        render("{sku}", of=positional_only, sku="B")
+
+    keys = {render(True, one, of=positional_only, sku=other) for one in "AB" for other in "AB"}
+    assert len(keys) == 4
+
+
+def kinds(a: Any, /, b: Any = 20, *rest: Any, c: Any, d: Any = 40, **more: Any) -> dict[str, Any]:
+    return locals()
+
+
+def few(a: Any, b: Any = 20) -> dict[str, Any]:
+    return locals()
+
+
+def closed(a: Any = 10, /, *, b: Any = 20) -> dict[str, Any]:
+    return locals()
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from([kinds, few, closed]),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.dictionaries(st.sampled_from("abcdx"), st.integers(0, 9), max_size=4),
+)
+def test_arguments_are_found_as_python_binds_them(
+    fn: Callable[..., dict[str, Any]], args: list[int], kwargs: dict[str, int]
+) -> None:
+    parameters = Parameters(fn)
+    try:
+        bound = fn(*args, **kwargs)
+    except TypeError:
+        assert not parameters.fit(tuple(args), kwargs)
+        with pytest.raises(TypeError, match=fn.__name__):
+            parameters.refuse(tuple(args), kwargs)
+        return
+
+    assert parameters.fit(tuple(args), kwargs)
+    assert {name: parameters.finder(name)(tuple(args), kwargs) for name in parameters.names} == bound
+
+
+def test_a_function_without_a_signature_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"type tells no signature"):
+        KeyTemplate("k", type)
 
 
 def test_methods_know_themselves() -> None:
