@@ -17,13 +17,16 @@ class ConcurrencySafeError(Exception):
 
     def __init__(self, message: str | None = None, key: str | None = None) -> None:
         """Keep the arguments as `args`."""
-        super().__init__(message, key)
+        # Not by super(): an OSError, which LockAcquireTimeout is, takes two arguments for errno and strerror.
+        super().__init__()
+        self.args = (message, key)
         self.message = message
         self.key = key
 
     def __str__(self) -> str:
-        """Say what happened."""
-        return self.message or type(self).__doc__ or type(self).__name__
+        """Say what happened; without a message, what the class means."""
+        meaning = (type(self).__doc__ or type(self).__name__).partition("\n")[0]
+        return self.message or meaning.removesuffix(".")
 
 
 class LockAcquireTimeout(ConcurrencySafeError, TimeoutError):
@@ -56,12 +59,18 @@ class LockAcquireTimeout(ConcurrencySafeError, TimeoutError):
         """Say which lock, who holds it, and how long was waited."""
         if self.message is not None:
             return self.message
+        lock = f"lock {self.key!r}" if self.key is not None else "a lock"
         holder = self.holder or "somebody else"
         if self.timeout == 0:
-            return f"lock {self.key!r} is held by {holder}; tried once (timeout=0)"
-        waited = f" after {self.waited:.3g} s" if self.waited is not None else ""
-        limit = f" (timeout={self.timeout:g})" if self.timeout is not None else ""
-        return f"lock {self.key!r} is held by {holder}; gave up{waited}{limit}"
+            return f"{lock} is held by {holder}; tried once (timeout=0)"
+        waited = f" after {_seconds(self.waited)} s" if self.waited is not None else ""
+        limit = f" (timeout={self.timeout:.15g})" if self.timeout is not None else ""
+        return f"{lock} is held by {holder}; gave up{waited}{limit}"
+
+
+def _seconds(waited: float) -> str:
+    """Show three digits, or whole seconds: nobody reads 1.23e+06."""
+    return f"{waited:.3g}" if waited < 1000 else f"{waited:.0f}"  # noqa: PLR2004 - said above
 
 
 class LockDeadlock(LockAcquireTimeout):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeGuard
 
 from .errors import ConfigurationError
 from .suggest import nearest
@@ -69,8 +70,15 @@ def check_timeout(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigurationError(f"{name}={value!r} is not a number of seconds; 0 tries once, None waits for ever")
-    if math.isnan(value) or math.isinf(value) or value < 0:
+    if not is_number(value, at_least=0):
         raise ConfigurationError(f"{name}={value!r} is not a duration; give seconds >= 0, or None to wait for ever")
+
+
+def is_number(value: object, *, at_least: float) -> TypeGuard[float]:
+    """Say whether `value` is a number from `at_least` on that a float can hold; neither NaN nor infinity."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return at_least <= value <= sys.float_info.max
 
 
 def check_count(name: str, value: object, *, at_least: int) -> None:

@@ -5,13 +5,12 @@ Who carries them out is not said here: `guards` matches them, and an adapter say
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .errors import ConfigurationError
-from .options import check_count
+from .options import check_count, is_number
 from .suggest import nearest
 
 #: The smallest part of a delay that jitter leaves: enough to keep a busy key from being asked in a tight loop.
@@ -69,10 +68,12 @@ class Retry:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name, least in (("delay", 0.0), ("max_delay", 0.0), ("factor", 1.0)):
-            _check_seconds(name, getattr(self, name), least)
+        for name, least in (("delay", 0), ("max_delay", 0), ("factor", 1)):
+            _check_number(name, getattr(self, name), least)
         if self.max_wait is not None:
-            _check_seconds("max_wait", self.max_wait, 0.0)
+            _check_number("max_wait", self.max_wait, 0)
+        if not isinstance(self.jitter, bool):
+            raise ConfigurationError(f"Retry(jitter={self.jitter!r}) is neither True nor False")
         if self.limit is not None:
             check_count("Retry(limit)", self.limit, at_least=0)
         if self.max_delay < self.delay:
@@ -88,7 +89,7 @@ class Retry:
         try:
             full = min(self.max_delay, self.delay * self.factor**conflicts)
         except OverflowError:
-            full = self.max_delay
+            full = self.max_delay if self.delay else 0.0
         return full * (JITTER_FLOOR + (1 - JITTER_FLOOR) * chance()) if self.jitter else full
 
     def is_spent(self, conflicts: int, since_first: float) -> bool:
@@ -136,12 +137,6 @@ def _foreign(kind: type) -> str:
     return ", not the Retry of concurrency_safe" if kind.__name__ == "Retry" else ""
 
 
-def _check_seconds(name: str, value: object, least: float) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or math.isnan(value)
-        or math.isinf(value)
-        or value < least
-    ):
-        raise ConfigurationError(f"Retry({name}={value!r}) is not a number >= {least:g}")
+def _check_number(name: str, value: object, least: float) -> None:
+    if not is_number(value, at_least=least):
+        raise ConfigurationError(f"Retry({name}={value!r}) is not a number >= {least}")

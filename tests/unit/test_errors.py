@@ -75,3 +75,22 @@ def test_a_conflict_says_which_lock_who_and_how_long(arguments: tuple[object, ..
 
 def test_a_timeout_without_a_number_waited_for_ever() -> None:
     assert str(errors.LockAcquireTimeout("said", "k")) == "said"
+
+
+def test_a_conflict_is_no_error_of_the_operating_system() -> None:
+    """TimeoutError is an OSError, which reads two arguments as errno and strerror."""
+    error = errors.LockAcquireTimeout("said", "k", 2.0)
+
+    assert (error.errno, error.strerror, error.filename) == (None, None, None)
+
+
+def test_an_error_without_a_message_says_its_meaning_in_one_line() -> None:
+    assert str(errors.ConcurrencySafeError()) == "The root of the library's errors"
+    assert str(errors.LockNotHeld()) == "What needs a lock runs without it"
+    assert str(errors.LockAcquireTimeout()) == "a lock is held by somebody else; gave up"
+
+
+def test_long_waits_are_readable() -> None:
+    error = errors.LockAcquireTimeout(None, "k", 1234567.0, 1234567.4)
+
+    assert str(error).endswith("gave up after 1234567 s (timeout=1234567)")

@@ -22,6 +22,7 @@ def test_durations_are_seconds_none_or_zero(timeout: Any) -> None:
         ({"timeout": -1}, "timeout=-1 is not a duration"),
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"timeout": float("inf")}, "None to wait for ever"),
+        ({"timeout": 10**400}, "is not a duration"),
         ({"timeout": True}, "timeout=True is not a number of seconds"),
         ({"timeout": "3"}, "timeout='3'"),
         ({"scope": "sesion"}, "did you mean 'session'"),
@@ -105,6 +106,8 @@ def test_what_is_no_policy_is_refused(value: object, says: str) -> None:
         {"max_delay": float("nan")},
         {"max_wait": float("inf")},
         {"limit": -1},
+        {"max_wait": 10**400},
+        {"jitter": 1},
         {"delay": 5, "max_delay": 1},
     ],
     ids=repr,
@@ -123,6 +126,7 @@ def test_delays_grow_up_to_a_maximum_and_jitter_takes_at_most_half() -> None:
     steady = Retry(delay=1, max_delay=5, jitter=False)
     assert [steady.next_delay(n, lambda: 0.5) for n in range(5)] == [1, 2, 4, 5, 5]
     assert steady.next_delay(10**6, lambda: 0.5) == 5
+    assert Retry(delay=0).next_delay(10**6, lambda: 0.5) == 0
 
     jittered = Retry(delay=1, max_delay=5)
     assert jittered.next_delay(1, lambda: 0.0) == 1
