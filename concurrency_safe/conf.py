@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from concurrency_safe.core.errors import ConfigurationError
-from concurrency_safe.core.options import check_count, check_timeout
+from concurrency_safe.core.options import check_count, check_timeout, is_number
 from concurrency_safe.core.suggest import nearest
 
 
@@ -38,7 +38,7 @@ class Settings:
     """
 
     using: str = "default"
-    dsn: str | None = None
+    dsn: str | None = field(default=None, repr=False)  # it may hold a password
     timeout: float | None = 3.0
     namespace: str = ""
     pool_size: int = 4
@@ -55,14 +55,13 @@ class Settings:
         check_timeout("the setting TIMEOUT", self.timeout)
         check_count("the setting POOL_SIZE", self.pool_size, at_least=0)
         check_count("the setting MAX_HELD", self.max_held, at_least=1)
-        for name in ("pool_idle", "max_block"):
-            value = getattr(self, name)
-            check_timeout(f"the setting {name.upper()}", value)
-            if value is None or (name == "max_block" and not value):
-                raise ConfigurationError(f"the setting {name.upper()}={value!r} is not a number of seconds > 0")
+        _require("pool_idle", self.pool_idle, is_number(self.pool_idle, at_least=0), "a number of seconds >= 0")
+        blocks = is_number(self.max_block, at_least=0) and self.max_block > 0
+        _require("max_block", self.max_block, blocks, "a number of seconds > 0")
         for name in ("using", "namespace"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), str), "a text")
         _require("using", self.using, bool(self.using), "the name of a database alias")
+        _require("namespace", self.namespace, _has_bytes(self.namespace), "a text that has bytes in UTF-8")
         _require(
             "dsn",
             "***",
@@ -87,10 +86,24 @@ def _require(name: str, value: object, holds: bool, allowed: str) -> None:  # no
         raise ConfigurationError(f"the setting {name.upper()}={value!r} is not {allowed}")
 
 
-_NAMES = tuple(field.name for field in fields(Settings))
+def _has_bytes(text: str) -> bool:
+    """Say whether `text` has no lone surrogate; bytes of the environment that are no UTF-8 come as such."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
-_configured: dict[str, Any] = {}
-_cached: Settings | None = None
+
+_NAMES = tuple(each.name for each in fields(Settings))
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known between two changes; who reads while one happens fills a state that nobody will see."""
+
+    configured: dict[str, Any]
+    settings: Settings | None = None
+    with_django: bool = False
+
+
+_state = _State({})
 _listening = False
 
 
@@ -102,19 +115,19 @@ def configure(**settings: Any) -> None:
 
     Raises: ConfigurationError: an unknown name, or a bad value; nothing is changed then.
     """
-    global _configured, _cached
+    global _state  # noqa: PLW0603 - one set of settings a process
     for name in settings:
         if name not in _NAMES:
             raise ConfigurationError(f"configure() has no setting {name!r}{nearest(name, _NAMES)}")
-    wanted = {**_configured, **settings}
+    wanted = {**_state.configured, **settings}
     Settings(**wanted)
-    _configured, _cached = wanted, None
+    _state = _State(wanted)
 
 
 def reset() -> None:
     """Forget what `configure()` was told."""
-    global _configured, _cached
-    _configured, _cached = {}, None
+    global _state  # noqa: PLW0603 - one set of settings a process
+    _state = _State({})
 
 
 def get_settings() -> Settings:
@@ -122,17 +135,19 @@ def get_settings() -> Settings:
 
     Raises: ConfigurationError: a name or a value in them is bad.
     """
-    global _cached  # noqa: PLW0603 - one set of settings a process
-    settings = _cached
-    if settings is None:
-        settings = _cached = Settings(**{**_from_environment(), **_from_django(), **_configured})
-    return settings
+    state = _state
+    # A script may configure Django after its first lock.
+    if state.settings is None or (not state.with_django and django_is_configured()):
+        state.with_django = django_is_configured()
+        state.settings = Settings(**{**_from_environment(), **_from_django(), **state.configured})
+    return state.settings
 
 
 def django_is_configured() -> bool:
     """Say whether this process runs Django: its settings are there, or named by DJANGO_SETTINGS_MODULE."""
-    conf = sys.modules.get("django.conf")
-    if conf is not None and conf.settings.configured:
+    # Another thread may be importing it, so that it has no settings yet.
+    settings = getattr(sys.modules.get("django.conf"), "settings", None)
+    if settings is not None and settings.configured:
         return True
     return bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
 
@@ -176,6 +191,6 @@ def _listen() -> None:
 
 
 def _forget(*, setting: str, **_: object) -> None:
-    global _cached  # noqa: PLW0603 - one set of settings a process
-    if setting in ("CONCURRENCY_SAFE", "DATABASES"):
-        _cached = None
+    global _state  # noqa: PLW0603 - one set of settings a process
+    if setting == "CONCURRENCY_SAFE":
+        _state = _State(_state.configured)

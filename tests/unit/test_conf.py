@@ -59,6 +59,7 @@ def test_a_bad_configure_changes_nothing() -> None:
     [
         ({"TIMEOT": 1}, "no key 'TIMEOT' .did you mean 'TIMEOUT'"),
         ([], "must be a dict"),
+        ({"timeout": 1}, "no key 'timeout' .did you mean 'TIMEOUT'"),
         ({"ON_LOST": "shrug"}, "ON_LOST"),
     ],
     ids=repr,
@@ -80,6 +81,7 @@ def test_a_mistake_in_djangos_settings_is_named(given: Any, says: str) -> None:
         ("using", ""),
         ("using", None),
         ("namespace", None),
+        ("namespace", "half \ud800"),
         ("dsn", ""),
         ("dsn", 7),
         ("fencing", True),
@@ -116,3 +118,43 @@ def test_a_script_reads_database_url_last() -> None:
 
 def test_importing_the_library_imports_no_django() -> None:
     assert in_script("import sys, concurrency_safe; print('django' in sys.modules)") == "False"
+
+
+def test_a_password_is_not_shown() -> None:
+    assert "secret" not in repr(Settings(dsn="postgresql://me:secret@host/db"))
+
+
+def test_seconds_that_must_end_do_not_offer_for_ever() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(pool_idle=-1.0)
+
+    assert str(caught.value) == "the setting POOL_IDLE=-1.0 is not a number of seconds >= 0"
+
+
+def test_django_that_is_configured_late_is_heard() -> None:
+    code = (
+        "from concurrency_safe.conf import get_settings; get_settings()\n"
+        "from django.conf import settings; settings.configure(CONCURRENCY_SAFE={'TIMEOUT': 7})\n"
+        "print(get_settings().timeout)"
+    )
+
+    assert in_script(code) == "7"
+
+
+class Slow(float):
+    """A number of seconds that is being checked when somebody else calls `configure()`."""
+
+    __slots__ = ()
+
+    def __ge__(self, other: float) -> bool:
+        reset()
+        configure(namespace="newer")
+        return super().__ge__(other)
+
+
+def test_a_configure_during_a_reading_is_not_lost() -> None:
+    """What was read before `configure()` must not be kept after it."""
+    with override_settings(CONCURRENCY_SAFE={"TIMEOUT": Slow(7)}):
+        assert get_settings().namespace == ""
+
+        assert get_settings().namespace == "newer"
