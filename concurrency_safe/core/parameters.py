@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from .errors import ConfigurationError
 
@@ -90,15 +90,18 @@ class Parameters:
             return False
         return rest.taken.isdisjoint(given) if self.takes_any_keyword else given <= rest.allowed
 
-    def refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NoReturn:
         """Refuse a call that doesn't fit.
 
         Raises: TypeError: with the function's name and the reason, as its own would be.
         """
+        reason = "does not take these arguments"
         try:
+            # Python 3.13.0 binds a keyword to a positional-only parameter beside **kwargs; the function would not.
             self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.name}() {error}") from None
+            reason = str(error)
+        raise TypeError(f"{self.name}() {reason}")
 
     def finder(self, name: str) -> Finder:
         """Give what finds the argument `name` in a call that fits; of extra keywords, a KeyError where it is absent."""

@@ -125,7 +125,7 @@ def fails_twice(self: Any, key: str) -> int:
     return int(self.request.retries)
 
 
-@app.task(base=ConcurrencySafeTask, lock_key="out:{how}", bind=True, soft_time_limit=20)
+@app.task(base=ConcurrencySafeTask, lock_key="out:{how}", bind=True, acks_late=False)
 def leaves(self: Any, how: str) -> str:
     write("INSERT INTO intervals VALUES ('leaves', %s, clock_timestamp(), clock_timestamp())", how)
     ways: dict[str, BaseException] = {

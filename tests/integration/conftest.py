@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,13 +16,15 @@ from concurrency_safe.core.keys import lock_key
 #: Seconds that a test waits for a fact at most. Not a pause: it ends when the fact is there.
 LIMIT = 15.0
 
+_between_looks = threading.Event()  # never set
+
 
 def wait_for(fact: Callable[[], object], limit: float = LIMIT) -> None:
     """Look until `fact()` is true; fail the test after `limit` seconds."""
     until = time.monotonic() + limit
     while not fact():
         assert time.monotonic() < until, f"not seen within {limit} s: {fact}"
-        os.sched_yield()
+        _between_looks.wait(0.002)  # leave the processor to those who are waited for
 
 
 def bare_environment() -> dict[str, str]:
