@@ -14,7 +14,7 @@ WAITER = """
 import sys
 import psycopg
 from concurrency_safe import configure, lock
-configure(dsn=sys.argv[1])
+configure(dsn=sys.argv[1], max_block=60)  # starting eight programs can take longer than the default
 with lock("queue", timeout=None):
     print(sys.argv[2], flush=True)
     psycopg.connect(sys.argv[1], autocommit=True).execute("INSERT INTO entered (who) VALUES (%s)", [sys.argv[2]])
