@@ -133,7 +133,7 @@ def test_canvases_go_on(task: str, fleet: Workers) -> None:
     busy = getattr(tasks, task)
     chained = chain(busy.s("a"), tasks.total.s()).apply_async()
     grouped: Any = group(busy.s("a"), busy.s("b")).apply_async()
-    header = chord([busy.s("a"), busy.s("b")], tasks.total.s()).apply_async()
+    header = chord([busy.s("a"), busy.s("c")], tasks.total.s()).apply_async()
     if task == "patient":
         wait_for(lambda: grouped.results[0].state == "RETRY")
         fleet.rival.let_go()
@@ -141,7 +141,7 @@ def test_canvases_go_on(task: str, fleet: Workers) -> None:
 
     assert chained.get(timeout=LIMIT) == expected
     assert grouped.get(timeout=LIMIT) == [expected, "b"]
-    assert header.get(timeout=LIMIT) == [expected, "b"]
+    assert header.get(timeout=LIMIT) == [expected, "c"]
 
 
 def test_raise_in_a_chord_fails_the_chord(fleet: Workers) -> None:
