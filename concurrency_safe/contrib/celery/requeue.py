@@ -40,7 +40,7 @@ def later(task: Any, policy: Retry, error: LockAcquireTimeout | LockUnavailable)
     waited = time.time() - since  # noqa: TID251 - see above
     if policy.is_spent(conflicts, waited):
         raise error
-    delay = policy.next_delay(conflicts, random.random)
+    delay = _next_delay(task, policy, conflicts)
     headers |= {CONFLICTS: conflicts + 1, SINCE: since, ATTEMPT: request.retries}
     signature = _send(task, delay, headers)
     raise CeleryRetry(message=f"Retry in {delay:.1f}s: {error}", exc=error, when=delay, sig=signature)  # type: ignore[arg-type]  # a float is a Real
@@ -54,7 +54,7 @@ def duplicate(task: Any) -> None:
     headers: dict[str, Any] = dict(task.request.headers or {})
     times = int(headers.get(DUPLICATES, 0))
     headers[DUPLICATES] = times + 1
-    _send(task, _DUPLICATE.next_delay(times, random.random), headers)
+    _send(task, _next_delay(task, _DUPLICATE, times), headers)
     raise Ignore
 
 
@@ -62,6 +62,17 @@ def is_copy(task: Any) -> bool:
     """Say whether this may be a second message of the same task: sent by `duplicate`, or redelivered by the broker."""
     request = task.request
     return bool((request.headers or {}).get(DUPLICATES) or (request.delivery_info or {}).get("redelivered"))
+
+
+def _next_delay(task: Any, policy: Retry, conflicts: int) -> float:
+    """Draw the seconds until the next try.
+
+    A worker keeps a message with a countdown unacknowledged, so Redis' transport would deliver a second one after its
+    visibility timeout.
+    """
+    delay = policy.next_delay(conflicts, random.random)
+    visible_after = (task.app.conf.broker_transport_options or {}).get("visibility_timeout")
+    return min(delay, visible_after / 2) if visible_after else delay
 
 
 def _send(task: Any, delay: float, headers: dict[str, Any]) -> Any:
