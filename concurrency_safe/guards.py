@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.options import UNSET, LockOptions
-from concurrency_safe.core.policies import Call, ConflictPolicy, Raise, Retry, Skip, resolve_policy
+from concurrency_safe.core.policies import ConflictPolicy, Raise, Retry, Skip, resolve_policy
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.locks import Lock, refuse_reserved
 
@@ -159,15 +159,11 @@ class Guard:
             verbs.meet(error)
         if isinstance(policy, Retry):
             return verbs.retry(policy, error)
-        if isinstance(error, LockUnavailable):
+        if isinstance(error, LockUnavailable) or isinstance(policy, Raise):
             raise error
-        match policy:
-            case Raise():
-                raise error
-            case Skip():
-                return verbs.skip(policy, error)
-            case Call(handler, pass_conflict):
-                return handler(error, *args, **kwargs) if pass_conflict else handler(*args, **kwargs)
+        if isinstance(policy, Skip):
+            return verbs.skip(policy, error)
+        return policy.handler(error, *args, **kwargs) if policy.pass_conflict else policy.handler(*args, **kwargs)
 
 
 def concurrency_safe(  # noqa: PLR0913 - one keyword an option, as `lock()` has them

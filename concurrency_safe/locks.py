@@ -121,6 +121,9 @@ class Lock:
 
     def __enter__(self) -> HeldLock:
         """Acquire the lock."""
+        return self._enter(keep=False)
+
+    def _enter(self, *, keep: bool) -> HeldLock:
         if self._held is not None or self.failure is not None:
             raise LockReentrancyError(
                 f"lock {self._key!r} was entered already; a Lock is one acquisition: call lock(...) again",
@@ -132,6 +135,8 @@ class Lock:
             if settings.enabled:
                 held._acquire(self._options)
             held._enter_context()
+            if keep:
+                _kept.add(held)
             return held
         except BaseException as error:
             held._abandon()
@@ -146,18 +151,12 @@ class Lock:
         trace: TracebackType | None,
     ) -> None:
         """Release the lock; in transaction scope it stays until the commit or rollback."""
-        if self._held is not None and self._held.is_active:
+        if self._held is not None and self._held._is_entered:
             self._held._release(error)
 
     def acquire(self) -> HeldLock:
         """Acquire the lock without a block; it is held until `HeldLock.release()`, or the end of the process."""
-        held = self.__enter__()
-        try:
-            _kept.add(held)
-        except BaseException:
-            held._abandon()
-            raise
-        return held
+        return self._enter(keep=True)
 
     async def __aenter__(self) -> NoReturn:
         """Refuse: async support is not in this release."""
@@ -176,7 +175,6 @@ class HeldLock:
         "__weakref__",
         "_active",
         "_callbacks",
-        "_connection",
         "_footing",
         "_key",
         "_lost",
@@ -185,6 +183,7 @@ class HeldLock:
         "_settings",
         "_since",
         "_space",
+        "_transaction",
         "token",
         "waited",
     )
@@ -195,7 +194,7 @@ class HeldLock:
         self._settings = settings
         self._pid = os.getpid()
         self._space: LockSpace | None = None
-        self._connection: tuple[BaseDatabaseWrapper, object] | None = None
+        self._transaction: TransactionLock | None = None
         self._callbacks: tuple[Callable[[HeldLock], object], ...] = ()
         self._lost = False
         self._since = time.monotonic()
@@ -216,7 +215,11 @@ class HeldLock:
 
     @property
     def is_active(self) -> bool:
-        """Whether it was acquired, by this process, and not released yet."""
+        """Whether it was acquired, by this process, and neither released nor ended with its transaction yet."""
+        return self._is_entered and not (self._transaction is not None and self._transaction.is_over())
+
+    @property
+    def _is_entered(self) -> bool:
         return self._active and self._pid == os.getpid()
 
     def __repr__(self) -> str:
@@ -251,7 +254,7 @@ class HeldLock:
 
         Raises: LockNotHeld: it was released before. LockLost: it had gone away.
         """
-        if not self.is_active:
+        if not self._is_entered:
             raise LockNotHeld(
                 f"lock {self._key.text!r} was released already, or by another process",
                 self._key.text,
@@ -305,7 +308,7 @@ class HeldLock:
         attempt = TransactionLock(connection, self._key, timeout, settings.max_block)
         if not attempt.acquire(deadline):
             raise self._conflict(timeout, ", ".join(map(str, attempt.holders())) or None)
-        self._connection = (connection, connection.connection)
+        self._transaction = attempt
 
     def _conflict(self, timeout: float | None, holder: str | None) -> LockAcquireTimeout:
         waited = time.monotonic() - self._since
@@ -314,7 +317,7 @@ class HeldLock:
 
     def _enter_context(self) -> None:
         self._active = True
-        if self._net is not None:
+        if self._net is not None:  # pragma: no branch - it is None once the lock was left
             _stack.set((*_stack.get(), self._net))
 
     # The ways out.
@@ -336,7 +339,7 @@ class HeldLock:
     def _give_up(self) -> bool:
         """Release what the acquisition stands on; False when it was gone already."""
         claim, space = self._footing.claim, self._space
-        released = True
+        released = self._transaction is None or self._transaction.is_over() or not self._transaction.is_cut()
         if claim is not None and space is not None:
             if claim.count == 1:
                 released = drive(space.backend.release(claim, self._key))
@@ -360,9 +363,8 @@ class HeldLock:
     # Loss.
 
     def _is_cut(self) -> bool:
-        if self._connection is not None:
-            connection, raw = self._connection
-            return connection.connection is not raw
+        if self._transaction is not None:
+            return self._transaction.is_cut()
         session = self._footing.claim.session if self._footing.claim is not None else None
         return session is not None and session.is_dead()
 
@@ -377,7 +379,7 @@ class HeldLock:
             return
         if error is None:
             raise self._loss()
-        if hasattr(error, "add_note"):  # Python 3.11
+        if hasattr(error, "add_note"):  # pragma: no branch - Python 3.10 has no notes
             error.add_note(str(self._loss()))
 
     def _loss(self) -> LockLost:

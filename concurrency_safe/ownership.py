@@ -172,8 +172,6 @@ class Ownership:
 
     def leave(self, claim: Claim) -> None:
         """Give up the key, or the place in the queue; the first in the queue is the next owner."""
-        if self._pid != os.getpid():
-            return
         with self._mutex:
             claim.gone = True
             queue = claim.queue

@@ -36,17 +36,22 @@ def connection_of(alias: str) -> BaseDatabaseWrapper:
     return connection
 
 
-def in_transaction(connection: BaseDatabaseWrapper) -> bool:
-    """Say whether what `connection` writes now becomes visible only at a later commit.
+def transaction_of(connection: BaseDatabaseWrapper) -> object | None:
+    """Give what stands for the transaction that is open: the outermost atomic block; None: there is none.
 
     The blocks that Django's TestCase wraps around a test don't count, as they don't for `atomic(durable=True)`: the
-    code under test behaves as it does in production.
+    code under test behaves as it does in production. Without autocommit and outside any block, it is the connection.
     """
     if connection.connection is None:
-        return False
+        return None
     if connection.in_atomic_block:
-        return any(not getattr(block, "_from_testcase", False) for block in connection.atomic_blocks)
-    return not connection.autocommit
+        return next((block for block in connection.atomic_blocks if not getattr(block, "_from_testcase", False)), None)
+    return None if connection.autocommit else connection
+
+
+def in_transaction(connection: BaseDatabaseWrapper) -> bool:
+    """Say whether what `connection` writes now becomes visible only at a later commit."""
+    return transaction_of(connection) is not None
 
 
 def others_in_transaction(alias: str) -> Iterator[str]:

@@ -43,7 +43,7 @@ class PostgresBackend:
         try:
             if (yield from self._try_acquire(slot, number)):
                 return True
-            if timeout == 0 or slot.session is None:
+            if timeout == 0:
                 return False
             session: LockSession = slot.session
             return (yield from session.wait_acquire(number, deadline, self._max_block))
@@ -67,9 +67,7 @@ class PostgresBackend:
 
         Returns: False when it wasn't held any more: the session was cut, or shared by a pooler.
         """
-        session: LockSession | None = slot.session
-        if session is None:
-            return False
+        session: LockSession = slot.session
         try:
             released = yield from session.release(b"%d" % key.number)
         except (ServerGoneError, ServerRefusedError):
@@ -85,15 +83,13 @@ class PostgresBackend:
     def give_back(self, slot: Slot) -> None:
         """Return a session that holds nothing, after a conflict, to the pool."""
         session, slot.session = slot.session, None
-        if session is not None:
-            self._pool.checkin(session)
+        self._pool.checkin(session)
 
     def holders(self, slot: Slot, key: LockKey) -> Steps[list[Holder]]:
         """Read who holds `key`; an empty list when that can't be read or nobody does any more."""
-        if slot.session is None:
-            return []
+        session: LockSession = slot.session
         try:
-            return holders_of((yield from slot.session.holders(b"%d" % key.number)))
+            return holders_of((yield from session.holders(b"%d" % key.number)))
         except (ServerGoneError, ServerRefusedError):
             return []
 

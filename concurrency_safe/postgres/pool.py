@@ -53,11 +53,9 @@ class SessionPool:
 
     def close(self) -> None:
         """End every idle session."""
-        while self._idle:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 self._idle.popleft().discard()
-            except IndexError:
-                return
 
     def _forget_after_fork(self) -> None:
         if self._pid != os.getpid():

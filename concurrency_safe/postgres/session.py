@@ -232,5 +232,5 @@ def _drop_in_child() -> None:
     _sessions.clear()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
     os.register_at_fork(after_in_child=_drop_in_child)

@@ -15,6 +15,7 @@ from psycopg import Connection, pq
 from psycopg import Error as PsycopgError
 
 from . import protocol, sql
+from .alias import transaction_of
 from .backend import explain
 from .inspect import Holder
 from .session import CANCEL_TIMEOUT, cancel_statement
@@ -34,7 +35,7 @@ BLOCKING_PIECE = 0.2
 
 
 class TransactionLock:
-    """The acquisition of one key on one Django connection, which is inside a transaction."""
+    """One key on one Django connection, which is inside a transaction: its acquisition, and how long it lasts."""
 
     def __init__(self, connection: BaseDatabaseWrapper, key: LockKey, timeout: float | None, max_block: float) -> None:
         """Prepare to take `key`; `timeout` in seconds, None waits for ever; `max_block`: seconds a piece."""
@@ -42,6 +43,16 @@ class TransactionLock:
         self._key = key
         self._timeout = timeout
         self._max_block = max_block
+        self._driver = connection.connection
+        self._transaction = transaction_of(connection)
+
+    def is_over(self) -> bool:
+        """Say whether the transaction that held the lock has ended."""
+        return transaction_of(self._connection) is not self._transaction
+
+    def is_cut(self) -> bool:
+        """Say whether the connection was closed, or replaced by another one, before the transaction ended."""
+        return self._connection.connection is not self._driver or bool(self._driver.closed)
 
     def acquire(self, deadline: float | None) -> bool:
         """Take the lock: one statement when it is free; a savepoint around the wait when it isn't.

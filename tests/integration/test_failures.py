@@ -93,6 +93,37 @@ def test_the_owner_is_the_running_task() -> None:
     assert current_owner() is threading.current_thread()
 
 
+def test_a_callback_of_the_loop_is_no_task() -> None:
+    async def owner() -> object:
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: answer.set_result(current_owner()))
+        return await answer
+
+    assert asyncio.run(owner()) is threading.current_thread()
+
+
+def test_a_waiter_that_was_interrupted_as_it_left_inherits_nothing() -> None:
+    """Between the lines of `leave`: it says that it is gone, and stands in the queue still."""
+    claims = Ownership(10)
+    key = LockKey("one", 7)
+    footings = [Footing(None) for _ in range(3)]
+    first, *others = (claims.enter(footing, key, object(), None) for footing in footings)
+    assert drive(first) is None
+    for waiting in others:
+        next(waiting)
+    gone, heir = footings[1].claim, footings[2].claim
+    assert gone is not None
+    assert heir is not None
+    gone.gone = True
+
+    footings[0].drop()
+    assert not gone.gate.wait(0)
+    assert heir.gate.wait(0)
+    with pytest.raises(StopIteration):
+        next(others[1])
+    assert claims.find(key, heir.owner) is heir
+
+
 def test_a_gate_may_be_opened_twice() -> None:
     gate = ThreadGate()
     gate.open()

@@ -16,10 +16,13 @@ from concurrency_safe import (
     LockAcquireTimeout,
     LockDeadlock,
     LockInTransaction,
+    LockLost,
+    LockNotHeld,
+    assert_locked,
     concurrency_safe,
     lock,
 )
-from tests.integration.conftest import LockStore, Rival, wait_for
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
 
@@ -105,6 +108,38 @@ def test_inside_atomic_the_lock_lasts_until_the_commit(rival: Rival) -> None:
     assert rival.is_free("one")
 
 
+def test_a_lock_ends_with_its_transaction(rival: Rival) -> None:
+    """Acquired without a block, it is not held any more after the commit, whatever transaction comes next."""
+    with transaction.atomic():
+        held = lock("one").acquire()
+        with transaction.atomic():
+            held.check()
+        assert_locked("one")
+    assert rival.is_free("one")
+    with transaction.atomic():
+        assert not held.is_active
+        with pytest.raises(LockNotHeld):
+            held.check()
+        with pytest.raises(LockNotHeld):
+            assert_locked("one")
+    held.release()
+    with pytest.raises(LockNotHeld):
+        held.release()
+
+
+def test_a_connection_that_the_body_closes_is_a_loss() -> None:
+    """Its transaction is gone, and its lock with it; Django itself would say nothing."""
+
+    def body() -> None:
+        with lock("one") as held:
+            assert not held.is_lost
+            connection.close()
+            assert held.is_lost
+
+    with pytest.raises(LockLost), transaction.atomic():
+        body()
+
+
 def test_a_rollback_frees_it(rival: Rival) -> None:
     with pytest.raises(ZeroDivisionError), transaction.atomic(), lock("one"):
         _ = 1 / 0
@@ -124,6 +159,14 @@ def test_session_scope_is_refused_inside_atomic_with_the_remedy() -> None:
 def test_transaction_scope_is_refused_outside_atomic() -> None:
     with pytest.raises(LockInTransaction, match="inside atomic"), lock("one", scope="transaction"):
         pytest.fail("there is nothing to hold it until")
+
+
+def test_transaction_scope_is_refused_without_django(store: LockStore) -> None:
+    script = "from concurrency_safe import lock\nwith lock('one', scope='transaction'): pass"
+    environment = {**bare_environment(), "CONCURRENCY_SAFE_DSN": store.url}
+    ran = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 1
+    assert "ConfigurationError: lock 'one': scope='transaction' needs a Django connection" in ran.stderr
 
 
 def test_a_transaction_on_another_alias_is_refused() -> None:
@@ -335,8 +378,8 @@ from tests.settings import DATABASES
 settings.configure(DATABASES=DATABASES)
 django.setup()
 from django.db import connection, transaction
-from concurrency_safe import LockAcquireTimeout, lock
-from tests.integration.conftest import LockStore, Rival, wait_for
+from concurrency_safe import LockAcquireTimeout, LockUnavailable, lock
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 
 store, rival = LockStore(sys.argv[1]), Rival(sys.argv[1])
 
@@ -379,6 +422,20 @@ with transaction.atomic(), connection.cursor() as cursor:
         late = time.monotonic() - interrupt.args[0]
         assert late < 0.25, late
     thread.join()
+
+with transaction.atomic(), connection.cursor() as cursor:
+    def cancel():
+        wait_for(lambda: store.waiting() == 1)
+        store.connection.execute("SELECT pg_cancel_backend(pid) FROM pg_locks WHERE NOT granted")
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    try:
+        with lock("one", timeout=None):
+            raise AssertionError("two holders")
+    except LockUnavailable as error:
+        assert "canceling statement" in str(error), error
+    thread.join()
+    cursor.execute("SELECT 1")
     cursor.execute("SELECT 'still usable'")
     wait_for(lambda: store.waiting() == 0, 1.0)
 
