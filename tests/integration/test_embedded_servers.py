@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import kombu
 import psycopg
 import pytest
 import redis
@@ -25,6 +27,7 @@ from concurrency_safe.testing import (
 from tests.integration.conftest import wait_for
 from tests.servers.fetch import pgbouncer_program
 from tests.servers.pgbouncer import PgBouncer
+from tests.servers.rabbitmq import RabbitMQServer, needs_rabbitmq
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +285,34 @@ def test_pgbouncer_shares_one_backend_among_clients(postgres: PostgresServer) ->
         pooler.kill()
         pooler.start()
         assert ask(pooler.dsn, "SELECT 1") == 1
+
+
+# RabbitMQ
+
+
+def processes_of(node: str) -> list[str]:
+    """Name the processes that serve a node: its own and Erlang's name server, which know it by their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if node.encode() in (process / "environ").read_bytes():
+                found.append((process / "comm").read_text().strip())
+    return found
+
+
+@needs_rabbitmq
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_rabbitmq_keeps_what_it_confirmed_and_leaves_nothing() -> None:
+    with RabbitMQServer() as server:
+        with kombu.Connection(server.url, transport_options={"confirm_publish": True}) as connection:
+            connection.SimpleQueue("kept").put("message")
+        server.kill()
+        server.start()
+        with kombu.Connection(server.url) as connection:
+            assert connection.SimpleQueue("kept").get(timeout=5).payload == "message"
+        assert {"beam.smp", "epmd"} <= set(processes_of(server.node))
+
+    assert processes_of(server.node) == []
 
 
 # Which server

@@ -87,5 +87,5 @@ class PgBouncer(Server):
     def _environment(self) -> dict[str, str]:
         environment = super()._environment()
         if FOLDER in self._program.parents:
-            environment["LD_LIBRARY_PATH"] = library_path(FOLDER)
+            environment["LD_LIBRARY_PATH"] = library_path(FOLDER / "pgbouncer")
         return environment
