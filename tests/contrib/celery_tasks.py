@@ -14,7 +14,7 @@ from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 BROKER = os.environ["TESTS_BROKER_URL"]
 
-app = Celery("tests", set_as_current=False, broker=BROKER, backend=BROKER)
+app = Celery("tests", set_as_current=False, broker=BROKER, backend=os.environ.get("TESTS_RESULT_URL", BROKER))
 app.conf.task_default_queue = os.environ.get("CELERY_QUEUE", "tests")
 app.conf.task_acks_late = True
 app.conf.task_reject_on_worker_lost = True
@@ -54,6 +54,20 @@ def guarded(self: Any, key: str) -> str:
     assert_locked(f"job:{key}")
     assert self.lock.keys == (f"job:{key}",)
     return work("guarded", key)
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="late:{key}", on_conflict=SOON, max_retries=0, bind=True)
+def acked_late(self: Any, key: str, number: int) -> int:
+    assert self.request.retries == 0
+    work(self.name, key)
+    return number
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="early:{key}", on_conflict=SOON, max_retries=0, bind=True, acks_late=False)
+def acked_early(self: Any, key: str, number: int) -> int:
+    assert self.request.retries == 0
+    work(self.name, key)
+    return number
 
 
 @app.task

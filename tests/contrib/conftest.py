@@ -9,9 +9,11 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from celery.result import AsyncResult
 from psycopg import sql
 
 from concurrency_safe.testing import broker_url, postgres_dsn
@@ -22,7 +24,7 @@ __all__ = ["db_name", "dsn", "fresh_library", "rival", "store"]  # fixtures, for
 # Before the app is imported: it reads its broker's address once.
 os.environ["TESTS_BROKER_URL"] = broker_url()
 
-from tests.contrib.celery_tasks import app
+from tests.contrib.celery_tasks import BROKER, app
 
 OVERLAPS = """
 SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid < b.ctid
@@ -34,12 +36,16 @@ SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid 
 class Workers:
     """Celery worker processes, with the database and the queue that they share with the test."""
 
-    def __init__(self, dsn: str, log_dir: Path) -> None:
+    def __init__(self, dsn: str, log_dir: Path, broker: str = BROKER) -> None:
+        self.broker = broker
+        self.connection = app.connection_for_write(broker)
         self.queue = f"tests_{uuid.uuid4().hex[:8]}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"},
             "DATABASE_URL": dsn,
             "CELERY_QUEUE": self.queue,
+            "TESTS_BROKER_URL": broker,
+            "TESTS_RESULT_URL": BROKER,
         }
         self.use()
         self.log_dir = log_dir
@@ -55,16 +61,22 @@ class Workers:
         app.conf.task_default_queue = self.queue
 
     def start(self, concurrency: int = 4, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a worker; wait until it answers."""
+        """Start a worker; wait until it takes tasks."""
         name = f"w{len(self.started)}-{uuid.uuid4().hex[:6]}@test"
         command = [sys.executable, "-m", "celery", "-A", "tests.contrib.celery_tasks", "worker", "-n", name]
         command += ["-c", str(concurrency), "--loglevel", "INFO", "--without-gossip", "--without-mingle", *arguments]
-        with (self.log_dir / f"{name}.log").open("wb") as log:
+        log_file = self.log_dir / f"{name}.log"
+        with log_file.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
         self.started.append(process)
-        wait_for(lambda: process.poll() is not None or app.control.ping(destination=[name], timeout=0.5), 30)
+        wait_for(lambda: process.poll() is not None or f"{name} ready." in log_file.read_text(), 30)
         assert process.poll() is None, self.logs()
         return process
+
+    def send(self, task: Any, *args: object, **options: object) -> AsyncResult[Any]:
+        """Send a task by these workers' own broker."""
+        result: AsyncResult[Any] = task.apply_async(args, connection=self.connection, **options)
+        return result
 
     def count(self, query: str, *params: object) -> int:
         row = self.store.connection.execute(query, params).fetchone()
@@ -94,6 +106,7 @@ class Workers:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        self.connection.release()
         self.store.connection.close()
         self.rival.connection.close()
 
