@@ -70,6 +70,12 @@ def acked_early(self: Any, key: str, number: int) -> int:
     return number
 
 
+@app.task(base=ConcurrencySafeTask, lock_key="waiting:{key}", lock_timeout=0.03, on_conflict=SOON, bind=True)
+def waits_a_little(self: Any, key: str, number: int) -> int:
+    work(self.name, key)
+    return number
+
+
 @app.task
 def unguarded(key: str) -> str:
     return work("unguarded", key)
@@ -160,6 +166,14 @@ def sleeps(self: Any, key: str, seconds: float) -> str:
     """Block in the database; the test kills the process, or lets the limit pass."""
     write("INSERT INTO intervals VALUES ('sleeps', %s, clock_timestamp(), NULL)", str(os.getpid()))
     write("SELECT pg_sleep(%s)", seconds)
+    return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="gate:{key}", on_conflict=SOON)
+def at_gate(key: str) -> str:
+    """Wait for as long as the test wants."""
+    write("INSERT INTO intervals VALUES ('at_gate', %s, clock_timestamp(), NULL)", key)
+    write("SELECT FROM gate FOR SHARE")
     return key
 
 

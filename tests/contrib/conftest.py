@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,7 +54,8 @@ class Workers:
         self.store = LockStore(dsn)
         self.rival = Rival(dsn)
         self.store.connection.execute(
-            "CREATE TABLE IF NOT EXISTS intervals (task text, key text, started timestamptz, ended timestamptz)"
+            "CREATE TABLE IF NOT EXISTS intervals (task text, key text, started timestamptz, ended timestamptz);"
+            "CREATE TABLE IF NOT EXISTS gate ()"
         )
 
     def use(self) -> None:
@@ -96,7 +98,15 @@ class Workers:
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.log_dir.glob("*.log")))
 
-    def stop(self) -> None:
+    @contextlib.contextmanager
+    def closed_gate(self) -> Iterator[None]:
+        """Keep the bodies of `at_gate` waiting for as long as the block lasts."""
+        with psycopg.connect(self.store.dsn) as connection:
+            connection.execute("LOCK TABLE gate IN EXCLUSIVE MODE")
+            yield
+
+    def end(self) -> list[int]:
+        """End the workers in good order, by force when that fails; give their exit statuses."""
         for process in self.started:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -106,14 +116,18 @@ class Workers:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        return [process.returncode for process in self.started]
+
+    def stop(self) -> None:
+        self.end()
         self.connection.release()
         self.store.connection.close()
         self.rival.connection.close()
 
 
-@pytest.fixture(scope="session")
-def worker_database() -> Iterator[str]:
-    """Make a database of the workers' own, beside Django's test database."""
+@contextlib.contextmanager
+def new_database() -> Iterator[str]:
+    """Make a database of the workers' own, beside Django's test database; give its URL."""
     server = psycopg.connect(postgres_dsn(), autocommit=True)
     info = server.info
     name = f"workers_{uuid.uuid4().hex[:8]}"
@@ -121,6 +135,23 @@ def worker_database() -> Iterator[str]:
     yield f"postgresql://{info.user}:{info.password}@{info.host}:{info.port}/{name}"
     server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
     server.close()
+
+
+@pytest.fixture(scope="session")
+def worker_database() -> Iterator[str]:
+    with new_database() as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def own_fleet(tmp_path: Path) -> Iterator[Workers]:
+    """Give workers yet to be started, in a database that nobody else uses; nothing is held after their end."""
+    with new_database() as dsn:
+        own = Workers(dsn, tmp_path)
+        try:
+            yield own
+        finally:
+            own.stop()
 
 
 @pytest.fixture(scope="session")
