@@ -192,6 +192,12 @@ def waits(key: str) -> str:
     return key
 
 
+@app.task(base=ConcurrencySafeTask, lock_key="endless:{key}", lock_timeout=None)
+def endless(key: str) -> None:
+    """Last until the soft limit, which may also come before the lock is there."""
+    write("SELECT pg_sleep(60)")
+
+
 class ByClass(ConcurrencySafeTask):
     """A task as a class."""
 

@@ -75,6 +75,11 @@ class Workers:
         assert process.poll() is None, self.logs()
         return process
 
+    def children(self) -> set[str]:
+        """Give the pids of the last worker's pool."""
+        pid = self.started[-1].pid
+        return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
     def send(self, task: Any, *args: object, **options: object) -> AsyncResult[Any]:
         """Send a task by these workers' own broker."""
         result: AsyncResult[Any] = task.apply_async(args, connection=self.connection, **options)
