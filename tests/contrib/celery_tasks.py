@@ -31,11 +31,16 @@ if "VISIBILITY_TIMEOUT" in os.environ:
     }
 
 SOON = Retry(delay=0.1, max_delay=0.3)
+AT_ONCE = Retry(delay=0.02, max_delay=0.04)
 
 
 def write(statement: str, *params: object) -> None:
     with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
         connection.execute(statement, params)
+
+
+def note_attempt(task: Any) -> None:
+    write("INSERT INTO intervals VALUES (%s, %s, clock_timestamp(), NULL)", task.name, str(task.request.retries))
 
 
 def work(task: str, key: str) -> str:
@@ -143,6 +148,42 @@ def fails_twice(self: Any, key: str) -> int:
     if self.request.retries < 2:
         raise self.retry(countdown=0)
     return int(self.request.retries)
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict=AT_ONCE, bind=True, max_retries=2)
+def retries_by_hand(self: Any, key: str) -> None:
+    note_attempt(self)
+    raise self.retry(countdown=0, exc=ValueError("body"))
+
+
+@app.task(
+    base=ConcurrencySafeTask,
+    lock_key="own:{key}",
+    on_conflict=AT_ONCE,
+    bind=True,
+    autoretry_for=(ValueError,),
+    retry_kwargs={"max_retries": 2, "countdown": 0},
+)
+def retries_by_option(self: Any, key: str) -> None:
+    note_attempt(self)
+    raise ValueError("body")
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict=AT_ONCE, bind=True)
+def retries_never(self: Any, key: str) -> None:
+    note_attempt(self)
+    raise ValueError("body")
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=Retry(delay=0.05, max_delay=0.1, max_wait=0.5))
+def waits_half_a_second(key: str) -> str:
+    return key
+
+
+@app.task
+def failed(task_id: str) -> None:
+    """Be the link_error of another task."""
+    write("INSERT INTO intervals VALUES ('failed', %s, clock_timestamp(), NULL)", task_id)
 
 
 @app.task(base=ConcurrencySafeTask, lock_key="out:{how}", bind=True, acks_late=False)

@@ -93,6 +93,11 @@ class Workers:
     def runs(self, task: str) -> int:
         return self.count("SELECT count(*) FROM intervals WHERE task = %s", task)
 
+    def keys(self, task: str) -> list[str]:
+        """Give what the runs of `task` noted, in order."""
+        query = "SELECT key FROM intervals WHERE task = %s ORDER BY started"
+        return [key for (key,) in self.store.connection.execute(query, [task])]
+
     def overlaps(self, task: str, *, same_key: bool) -> int:
         """Count the pairs of runs of `task` that were under way at one time, with one key or with different ones."""
         return self.count(OVERLAPS, same_key, task)

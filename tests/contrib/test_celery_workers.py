@@ -167,6 +167,36 @@ def test_conflicts_spend_none_of_the_tasks_own_retries(fleet: Workers) -> None:
     assert sent.get(timeout=LIMIT) == 2
 
 
+def test_20_conflicts_leave_a_tasks_own_retries_and_callbacks_alone(fleet: Workers) -> None:
+    retrying = (tasks.retries_by_hand, tasks.retries_by_option, tasks.retries_never)
+    for task in retrying:
+        fleet.rival.hold(f"own:{task.__name__}")
+    sent = [task.apply_async((task.__name__,), link_error=tasks.failed.s()) for task in retrying]
+    for one in sent:
+        wait_for(lambda one=one: fleet.logs().count(f"{one.id}] retry: Retry in") >= 20)  # type: ignore[misc]  # a default binds the loop variable
+    fleet.rival.let_go()
+
+    for one in sent:
+        with pytest.raises(ValueError, match="body"):
+            one.get(timeout=LIMIT)
+    for task, attempts in zip(retrying, (["0", "1", "2"], ["0", "1", "2"], ["0"]), strict=True):
+        assert fleet.keys(task.name) == attempts
+    wait_for(lambda: sorted(fleet.keys("failed")) == sorted(one.id for one in sent))  # link_error, once each
+
+
+def test_a_spent_wait_fails_with_the_conflict_and_calls_link_error_once(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    sent = tasks.waits_half_a_second.apply_async(("a",), link_error=tasks.failed.s())
+
+    with pytest.raises(LockAcquireTimeout, match="'one:a' is held by"):
+        sent.get(timeout=LIMIT)
+    assert sent.state == "FAILURE"
+    wait_for(lambda: fleet.keys("failed") == [sent.id])
+    fleet.rival.let_go()
+    assert tasks.waits_half_a_second.delay("a").get(timeout=LIMIT) == "a"
+    assert fleet.keys("failed") == [sent.id]
+
+
 @pytest.mark.parametrize("how", ["return", "raise", "Ignore", "Reject", "Retry", "SystemExit"])
 def test_every_way_out_frees_the_lock(how: str, fleet: Workers) -> None:
     tasks.leaves.delay(how)
