@@ -64,6 +64,7 @@ def guarded(self: Any, key: str) -> str:
 @app.task(base=ConcurrencySafeTask, lock_key="late:{key}", on_conflict=SOON, max_retries=0, bind=True)
 def acked_late(self: Any, key: str, number: int) -> int:
     assert self.request.retries == 0
+    assert_locked(f"late:{key}")
     work(self.name, key)
     return number
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import os
 import signal
 import subprocess
@@ -89,6 +90,13 @@ class Workers:
         row = self.store.connection.execute(query, params).fetchone()
         assert row
         return int(row[0])
+
+    def now(self) -> dt.datetime:
+        """Give the time of the interval log."""
+        row = self.store.connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row
+        now: dt.datetime = row[0]
+        return now
 
     def runs(self, task: str) -> int:
         return self.count("SELECT count(*) FROM intervals WHERE task = %s", task)
