@@ -9,7 +9,7 @@ import psycopg
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 
-from concurrency_safe import Call, Retry, Skip, assert_locked, current_lock, lock
+from concurrency_safe import Call, Retry, Skip, assert_locked, configure, current_lock, lock
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 BROKER = os.environ["TESTS_BROKER_URL"]
@@ -30,6 +30,9 @@ if "VISIBILITY_TIMEOUT" in os.environ:
         "unacked_restore_throttle": 1,
     }
 
+if "ON_LOST" in os.environ:
+    configure(on_lost=os.environ["ON_LOST"])
+
 SOON = Retry(delay=0.1, max_delay=0.3)
 AT_ONCE = Retry(delay=0.02, max_delay=0.04)
 
@@ -39,8 +42,12 @@ def write(statement: str, *params: object) -> None:
         connection.execute(statement, params)
 
 
+def note(task: str, key: str) -> None:
+    write("INSERT INTO intervals VALUES (%s, %s, clock_timestamp(), NULL)", task, key)
+
+
 def note_attempt(task: Any) -> None:
-    write("INSERT INTO intervals VALUES (%s, %s, clock_timestamp(), NULL)", task.name, str(task.request.retries))
+    note(task.name, str(task.request.retries))
 
 
 def work(task: str, key: str) -> str:
@@ -184,7 +191,7 @@ def waits_half_a_second(key: str) -> str:
 @app.task
 def failed(task_id: str) -> None:
     """Be the link_error of another task."""
-    write("INSERT INTO intervals VALUES ('failed', %s, clock_timestamp(), NULL)", task_id)
+    note("failed", task_id)
 
 
 @app.task(base=ConcurrencySafeTask, lock_key="out:{how}", bind=True, acks_late=False)
@@ -214,9 +221,18 @@ def sleeps(self: Any, key: str, seconds: float) -> str:
 @app.task(base=ConcurrencySafeTask, lock_key="gate:{key}", on_conflict=SOON)
 def at_gate(key: str) -> str:
     """Wait for as long as the test wants."""
-    write("INSERT INTO intervals VALUES ('at_gate', %s, clock_timestamp(), NULL)", key)
+    note("at_gate", key)
     write("SELECT FROM gate FOR SHARE")
     return key
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="gate:{key}", bind=True)
+def tells_whether_it_is_lost(self: Any, key: str) -> bool:
+    """Wait like `at_gate`, and look at the lock before and after."""
+    before = self.lock.is_lost
+    at_gate.run(key)
+    note(self.name, f"{before}, {self.lock.is_lost}")
+    return bool(self.lock.is_lost)
 
 
 @app.task(base=ConcurrencySafeTask, lock_key="slow-or-skip:{key}", on_conflict="skip")

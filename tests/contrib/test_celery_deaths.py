@@ -1,4 +1,4 @@
-"""How guarded tasks and their workers end before their time: revoked, shut down warm and cold, out of time."""
+"""How guarded tasks, workers and locks end before their time: revoked, shut down, out of time, cut off."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError
 
+from concurrency_safe import LockLost
 from tests.contrib import celery_tasks as tasks
 from tests.contrib.conftest import Workers
 from tests.integration.conftest import wait_for
@@ -82,3 +83,38 @@ def test_200_soft_limits_at_random_moments_leave_nothing(own_fleet: Workers) -> 
         wait_for(lambda: own_fleet.runs("at_gate") == 4)
         assert own_fleet.store.sessions() == own_fleet.store.rows() == 4
     assert [one.get(timeout=LIMIT) for one in healthy] == ["0", "1", "2", "3"]
+
+
+def cut_session(fleet: Workers) -> None:
+    """End the session of the one lock that is held, as a server or a network would."""
+    ended = fleet.count(
+        "SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l JOIN pg_database d ON l.database = d.oid"
+        " WHERE l.locktype = 'advisory' AND l.granted AND d.datname = current_database()"
+    )
+    assert ended == 1
+
+
+def test_a_lost_lock_is_seen_by_the_body_and_is_no_success(fleet: Workers) -> None:
+    with fleet.closed_gate():
+        sent = tasks.tells_whether_it_is_lost.delay("a")
+        wait_for(lambda: fleet.runs("at_gate") == 1)
+        cut_session(fleet)
+
+    with pytest.raises(LockLost, match="'gate:a' was lost while it was held"):
+        sent.get(timeout=LIMIT)
+    assert sent.state == "FAILURE"
+    assert fleet.keys(tasks.tells_whether_it_is_lost.name) == ["False, True"]
+    assert tasks.at_gate.delay("a").get(timeout=LIMIT) == "a"
+
+
+def test_a_lost_lock_is_logged_where_the_settings_say_so(own_fleet: Workers) -> None:
+    own_fleet.environment["ON_LOST"] = "log"
+    own_fleet.start(1)
+    with own_fleet.closed_gate():
+        sent = tasks.tells_whether_it_is_lost.delay("a")
+        wait_for(lambda: own_fleet.runs("at_gate") == 1)
+        cut_session(own_fleet)
+
+    assert sent.get(timeout=LIMIT) is True
+    assert sent.state == "SUCCESS"
+    assert "lock 'gate:a' was lost while it was held" in own_fleet.logs()
