@@ -25,12 +25,12 @@ class Settings:
         dsn: The lock store, where it is not that alias' database address; None: the alias.
         timeout: Seconds that `lock()` waits by default; 0: one try; None: for ever.
         namespace: Part of every key: two namespaces share no lock.
-        pool_size: Most idle sessions kept in a process.
+        pool_size: Most sessions kept in a process; the locks that it holds share them.
         pool_idle: Seconds that an idle session is kept.
-        pooler: None, or "transaction" for a pooler in that mode (not in this release).
+        pooler: None, or "transaction" for a pooler in that mode: a lock is an open transaction then.
         max_held: Most locks held at once in a process.
         max_block: Seconds that one wait blocks in the server before it queues again.
-        fencing: Whether locks have tokens (not in this release).
+        fencing: Whether locks have tokens that rise with every acquisition; it needs a sequence.
         on_lost: "raise" or "log": what the end of a block does when its lock went away.
         enabled: False: `lock()` takes nothing (for tests).
 
@@ -72,13 +72,6 @@ class Settings:
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         _require("on_lost", self.on_lost, self.on_lost in ("raise", "log"), "'raise' or 'log'")
         _require("pooler", self.pooler, self.pooler in (None, "transaction"), "None or 'transaction'")
-        _require(
-            "pooler",
-            self.pooler,
-            self.pooler is None,
-            "in this release; connect the library directly",
-        )
-        _require("fencing", self.fencing, not self.fencing, "in this release")
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:  # noqa: FBT001 - the fact itself

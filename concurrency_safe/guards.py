@@ -7,7 +7,7 @@ five ways to build the call; what *retry* and *skip* mean to a framework, its ad
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, update_wrapper
 from typing import Any, ParamSpec, TypeVar, cast
@@ -16,7 +16,7 @@ from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout,
 from concurrency_safe.core.options import UNSET, LockOptions
 from concurrency_safe.core.policies import ConflictPolicy, Raise, Retry, Skip, resolve_policy
 from concurrency_safe.core.templates import KeyTemplate
-from concurrency_safe.locks import Lock, refuse_reserved
+from concurrency_safe.locks import Lock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +90,6 @@ class Guard:
             backend=self.backend,
             max_waiters=self.max_waiters,
         )
-        refuse_reserved(options, self)
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "policy", resolve_policy(self.on_conflict))
 
@@ -107,10 +106,19 @@ class Guard:
                 "callable here"
             )
         template = KeyTemplate(self.key, fn)
+        if inspect.iscoroutinefunction(fn):
+
+            async def aguarded(*args: P.args, **kwargs: P.kwargs) -> Any:
+                return await self.arun_as(template, fn, args, kwargs, DIRECT)
+
+            return cast("Callable[P, R]", self._dressed(aguarded, fn))  # R is an awaitable here
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             return cast("R", self.run_as(template, fn, args, kwargs, DIRECT))
 
+        return self._dressed(guarded, fn)
+
+    def _dressed(self, guarded: Callable[P, Any], fn: Callable[P, Any]) -> Callable[P, Any]:
         update_wrapper(guarded, fn)
         guarded.guard = self  # type: ignore[attr-defined]  # a function's own attribute
         return guarded
@@ -121,7 +129,15 @@ class Guard:
         Raises: LockAcquireTimeout: by the policy Raise (and Retry: nothing stands behind this call). LockUnavailable,
             LockInTransaction, KeyTemplateError: `fn` did not run. LockLost: it ran, and the lock went away meanwhile.
         """
+        if inspect.iscoroutinefunction(fn):
+            raise ConfigurationError(
+                f"{_name(fn)} is `async def`, whose body would run after the lock's release; `await guard.arun(...)`"
+            )
         return cast("R", self.run_as(_template(self.key, fn), fn, args, kwargs, DIRECT))
+
+    async def arun(self, fn: Callable[P, Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call and await `fn` guarded, once. See `run`."""
+        return cast("R", await self.arun_as(_template(self.key, fn), fn, args, kwargs, DIRECT))
 
     def lock(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Lock:
         """Give the lock that the call `fn(*args, **kwargs)` would take."""
@@ -139,12 +155,38 @@ class Guard:
         lock = Lock((template.render(args, kwargs),), self.options)
         try:
             with lock:
-                return fn(*args, **kwargs)
+                result = fn(*args, **kwargs)
+                if inspect.iscoroutine(result):
+                    result.close()
+                    raise ConfigurationError(
+                        f"{_name(fn)} returned a coroutine, which would run after the lock's release; "
+                        "make it `async def`, so that it is awaited while the lock is held"
+                    )
+                return result
         except (LockAcquireTimeout, LockUnavailable) as error:
             # By identity: a conflict of another lock, inside the body, is the body's own error.
             if error is not lock.failure:
                 raise
             return self._resolve(error, args, kwargs, verbs)
+
+    async def arun_as(
+        self,
+        template: KeyTemplate,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verbs: Verbs,
+    ) -> Any:
+        """Call and await `fn` guarded, for an adapter. A conflict's handler may be `async def`, too."""
+        lock = Lock((template.render(args, kwargs),), self.options)
+        try:
+            async with lock:
+                return await fn(*args, **kwargs)
+        except (LockAcquireTimeout, LockUnavailable) as error:
+            if error is not lock.failure:  # see run_as
+                raise
+            result = self._resolve(error, args, kwargs, verbs)
+            return await result if inspect.isawaitable(result) else result
 
     def _resolve(
         self,
@@ -224,11 +266,6 @@ def _refuse_unguardable(fn: Any) -> None:
 
     Raises: ConfigurationError.
     """
-    if inspect.iscoroutinefunction(fn):
-        raise ConfigurationError(
-            f"{_name(fn)} is `async def`, which this release can't guard: its body would run after the lock's release; "
-            "guard a plain function and call it by asgiref.sync.sync_to_async"
-        )
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise ConfigurationError(
             f"{_name(fn)} is a generator function: its body runs after the lock's release; "

@@ -6,12 +6,14 @@ behind: what an acquisition stands on is written into its `HeldLock` step by ste
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from concurrency_safe import instrumentation
 from concurrency_safe.conf import Settings, get_settings
@@ -27,6 +29,7 @@ from concurrency_safe.core.errors import (
 from concurrency_safe.core.events import EventKind, LockEvent
 from concurrency_safe.core.keys import LockKey, lock_key
 from concurrency_safe.core.options import UNSET, LockOptions, Unset
+from concurrency_safe.core.sessions import Request
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.ownership import Claim, Footing, current_owner
 from concurrency_safe.postgres.alias import (
@@ -35,9 +38,10 @@ from concurrency_safe.postgres.alias import (
     require_postgresql,
 )
 from concurrency_safe.postgres.inspect import describe_work
+from concurrency_safe.postgres.loop import adrive, finish, running_loop
 from concurrency_safe.postgres.transaction import TransactionLock
 from concurrency_safe.postgres.waiting import drive
-from concurrency_safe.spaces import LockSpace, django_connection, require_one_space, space_for
+from concurrency_safe.spaces import LockSpace, django_connection, require_one_space, space_for, space_of, store_options
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -71,13 +75,17 @@ def lock(  # noqa: PLR0913 - one keyword an option
         with lock("stock:ABC", timeout=2.0) as held: ...
 
     Args:
-        keys: A text, or a tuple of parts. The same key is the same lock in every process on the database.
+        keys: Texts, or tuples of parts. The same key is the same lock in every process on the database. Several: all
+            or none, and without a deadlock in whatever order they are named.
         timeout: Seconds to wait; 0 tries once; None waits for ever. Default: the setting TIMEOUT, 3.0.
         scope: "session" holds it on a private connection until the block ends. "transaction" holds it on Django's
             connection until its outermost commit or rollback. "auto": "transaction" inside `atomic()`, else
             "session". "detached": a private connection also inside a transaction.
         using: The Django alias; default: the setting USING.
-        shared, slots, backend, max_waiters: Reserved; not in this release.
+        shared: True: together with other readers; a writer that waits goes before readers that come later.
+        slots: Most holders at once, in all processes; the same number everywhere for one key.
+        backend: A lock store of one's own (`concurrency_safe.memory.MemoryBackend` in tests); None: PostgreSQL.
+        max_waiters: Don't wait where so many wait already: raise at once; None: any number.
 
     Raises:
         ConfigurationError, KeyTemplateError: At once, for a bad option or key.
@@ -93,56 +101,47 @@ def lock(  # noqa: PLR0913 - one keyword an option
         max_waiters=max_waiters,
     )
     single = Lock(keys, options)
-    lock_key(keys[0])  # a bad key is an error of this line, not of the `with`
+    for key in keys:
+        lock_key(key)  # a bad key is an error of this line, not of the `with`
     return single
 
 
 class Lock:
-    """One acquisition: enter it once."""
+    """One acquisition: enter it once, by `with` or `async with`."""
 
-    __slots__ = ("_held", "_key", "_options", "failure")
+    __slots__ = ("_held", "_keys", "_options", "failure")
 
     def __init__(self, keys: tuple[Key, ...], options: LockOptions) -> None:
-        """Check the keys and what this release can do; nothing is acquired."""
-        self._key: Key = keys[0] if keys else ""
+        """Check what can be checked without the store; nothing is acquired."""
         if not keys:
             raise ConfigurationError('lock() needs a key: lock("stock:ABC"), or a tuple of parts, lock(("stock", sku))')
-        if len(keys) > 1:
-            raise ConfigurationError(f"lock({keys[0]!r}, ...): several keys are not in this release; nest two locks")
-        refuse_reserved(options, self)
+        if len(keys) > 1 and options.slots > 1:
+            raise ConfigurationError(f"slots={options.slots} with {len(keys)} keys: slots go with one key")
+        self._keys = keys
         self._options = options
         self._held: HeldLock | None = None
         #: The error that ended the acquisition, so that a caller can tell it from one of the body's.
         self.failure: ConcurrencySafeError | None = None
 
     def __repr__(self) -> str:
-        """Show the key."""
-        return f"<Lock {self._key!r}>"
+        """Show the keys."""
+        return f"<Lock {', '.join(map(repr, self._keys))}>"
 
     def __enter__(self) -> HeldLock:
         """Acquire the lock."""
         return self._enter(keep=False)
 
     def _enter(self, *, keep: bool) -> HeldLock:
-        if self._held is not None or self.failure is not None:
-            raise LockReentrancyError(
-                f"lock {self._key!r} was entered already; a Lock is one acquisition: call lock(...) again",
-                str(self._key),
-            )
-        settings = get_settings()
-        held = self._held = HeldLock(lock_key(self._key, settings.namespace), settings)
+        held = self._begin(None)
         try:
-            if settings.enabled:
-                held._acquire(self._options)
-            held._enter_context()
-            if keep:
-                _kept.add(held)
-            return held
+            if held._settings.enabled:
+                drive(held._acquire(self._options))
+            held._enter_context(keep=keep)
         except BaseException as error:
             held._abandon()
-            if isinstance(error, ConcurrencySafeError):
-                self.failure = error
+            self._note(error)
             raise
+        return held
 
     def __exit__(
         self,
@@ -158,14 +157,51 @@ class Lock:
         """Acquire the lock without a block; it is held until `HeldLock.release()`, or the end of the process."""
         return self._enter(keep=True)
 
-    async def __aenter__(self) -> NoReturn:
-        """Refuse: async support is not in this release."""
-        raise ConfigurationError(
-            "`async with lock(...)` is not in this release; use `with` in a thread (sync_to_async)"
-        )
+    async def __aenter__(self) -> HeldLock:
+        """Acquire the lock; the event loop goes on meanwhile."""
+        return await self._aenter(keep=False)
 
-    async def __aexit__(self, *exc: object) -> None:
-        """Do nothing: nothing was entered."""
+    async def _aenter(self, *, keep: bool) -> HeldLock:
+        held = self._begin(asyncio.get_running_loop())
+        try:
+            if held._settings.enabled:
+                await adrive(held._acquire(self._options))
+            held._enter_context(keep=keep)
+        except BaseException as error:
+            await held._aabandon()
+            self._note(error)
+            raise
+        return held
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the lock."""
+        if self._held is not None and self._held._is_entered:
+            await self._held._arelease(error)
+
+    async def aacquire(self) -> HeldLock:
+        """Acquire the lock without a block; it is held until `HeldLock.arelease()`, or the end of the process."""
+        return await self._aenter(keep=True)
+
+    def _begin(self, home: asyncio.AbstractEventLoop | None) -> HeldLock:
+        if self._held is not None or self.failure is not None:
+            texts = ", ".join(map(repr, self._keys))
+            raise LockReentrancyError(
+                f"lock {texts} was entered already; a Lock is one acquisition: call lock(...) again",
+                str(self._keys[0]),
+            )
+        settings = get_settings()
+        keys = (lock_key(key, settings.namespace) for key in self._keys)
+        held = self._held = HeldLock(tuple({key.number: key for key in keys}.values()), settings, home)
+        return held
+
+    def _note(self, error: BaseException) -> None:
+        if isinstance(error, ConcurrencySafeError):
+            self.failure = error
 
 
 class HeldLock:
@@ -176,7 +212,7 @@ class HeldLock:
         "_active",
         "_callbacks",
         "_footing",
-        "_key",
+        "_keys",
         "_lost",
         "_net",
         "_pid",
@@ -184,13 +220,14 @@ class HeldLock:
         "_since",
         "_space",
         "_transaction",
-        "token",
         "waited",
     )
 
-    def __init__(self, key: LockKey, settings: Settings) -> None:
-        """Prepare an acquisition of `key`: it stands on nothing yet."""
-        self._key = key
+    def __init__(
+        self, keys: tuple[LockKey, ...], settings: Settings, home: asyncio.AbstractEventLoop | None = None
+    ) -> None:
+        """Prepare an acquisition of `keys`, for a task of the event loop `home` or a thread: it stands on nothing."""
+        self._keys = keys
         self._settings = settings
         self._pid = os.getpid()
         self._space: LockSpace | None = None
@@ -201,17 +238,21 @@ class HeldLock:
         self._active = False
         #: Seconds that the acquisition took.
         self.waited = 0.0
-        #: The fencing token; None: fencing is not enabled.
-        self.token: int | None = None
-        self._footing = Footing(current_work.get())
+        self._footing = Footing(current_work.get(), home)
         self._net: _Net | None = _Net(self, _catch)
         self._net.footing = self._footing
+        self._footing.lock = self._net
         _nets.add(self._net)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys, as text."""
-        return (self._key.text,)
+        """The keys, as text, in the order in which they were named."""
+        return tuple(key.text for key in self._keys)
+
+    @property
+    def token(self) -> int | None:
+        """The fencing token: it rises with every acquisition of a key; None: FENCING is not enabled."""
+        return self._footing.token
 
     @property
     def is_active(self) -> bool:
@@ -222,17 +263,19 @@ class HeldLock:
     def _is_entered(self) -> bool:
         return self._active and self._pid == os.getpid()
 
+    @property
+    def _text(self) -> str:
+        return ", ".join(self.keys)
+
     def __repr__(self) -> str:
-        """Show the key and the state."""
-        return f"<HeldLock {self._key.text!r} {'held' if self.is_active else 'not held'}>"
+        """Show the keys and the state."""
+        return f"<HeldLock {self._text!r} {'held' if self.is_active else 'not held'}>"
 
     @property
     def is_lost(self) -> bool:
         """Whether the lock went away while it was held: its session was cut. Costs no query."""
-        if not self._lost and self.is_active:
-            self._lost = self._is_cut()
-            if self._lost:
-                self._tell_lost()
+        if not self._lost and self.is_active and self._is_cut():
+            self._tell_lost()
         return self._lost
 
     def check(self) -> None:
@@ -243,10 +286,14 @@ class HeldLock:
         if self.is_lost:
             raise self._loss()
         if not self.is_active:
-            raise LockNotHeld(f"lock {self._key.text!r} is not held any more", self._key.text)
+            raise LockNotHeld(f"lock {self._text!r} is not held any more", self._text)
 
     def on_lost(self, callback: Callable[[HeldLock], object]) -> None:
-        """Call `callback(held)` when the loss of the lock is noticed: by `is_lost`, by `check()`, or at the release."""
+        """Call `callback(held)` once, as soon as the loss of the lock is noticed.
+
+        From the library's watcher, which is a thread of its own; for a lock that an asyncio task holds, in its event
+        loop: `held.on_lost(lambda held: task.cancel())`.
+        """
         self._callbacks = (*self._callbacks, callback)
 
     def release(self) -> None:
@@ -254,107 +301,186 @@ class HeldLock:
 
         Raises: LockNotHeld: it was released before. LockLost: it had gone away.
         """
-        if not self._is_entered:
-            raise LockNotHeld(
-                f"lock {self._key.text!r} was released already, or by another process",
-                self._key.text,
-            )
+        self._require_entered()
         self._release(None)
 
-    # The way in. `Lock.__enter__` calls `_abandon` after anything but success.
+    async def arelease(self) -> None:
+        """Release the lock now, while the event loop goes on. See `release`."""
+        self._require_entered()
+        await self._arelease(None)
 
-    def _acquire(self, options: LockOptions) -> None:
+    def _require_entered(self) -> None:
+        if not self._is_entered:
+            raise LockNotHeld(f"lock {self._text!r} was released already, or by another process", self._text)
+
+    # The way in. `Lock` calls `_abandon` after anything but success.
+
+    def _acquire(self, options: LockOptions) -> Steps[None]:
         settings = self._settings
         timeout = settings.timeout if options.timeout is UNSET else options.timeout
         self._since = time.monotonic()
-        deadline = None if timeout is None else self._since + timeout
-        connection = django_connection(options.using, settings)
-        if connection is None and options.scope == "transaction":
-            raise ConfigurationError(
-                f"lock {self._key.text!r}: scope='transaction' needs a Django connection, and Django is not configured"
-            )
-        if connection is not None and _is_transactional(options, connection, self._key):
-            self._acquire_in_transaction(connection, timeout, deadline)
+        request = Request(
+            tuple(sorted(self._keys, key=_by_number)),
+            options.shared,
+            options.slots,
+            None if timeout is None else self._since + timeout,
+            timeout,
+            options.max_waiters,
+        )
+        if options.backend is not None:
+            self._space = space_of(options.backend, settings)
+            yield from self._acquire_in_session(self._space, request)
         else:
-            self._space = space_for(connection, settings)
-            drive(self._acquire_in_session(self._space, timeout, deadline))
+            connection = django_connection(options.using, settings)
+            if connection is None and options.scope == "transaction":
+                raise ConfigurationError(
+                    f"lock {self._text!r}: scope='transaction' needs a Django connection, and Django is not configured"
+                )
+            if connection is not None and _is_transactional(options, connection, self._text):
+                yield from self._acquire_in_transaction(connection, request)
+            else:
+                self._space = yield from space_for(connection, settings)
+                yield from self._acquire_in_session(self._space, request)
         self.waited = time.monotonic() - self._since
         self._emit("acquired", waited=self.waited)
 
-    def _acquire_in_session(self, space: LockSpace, timeout: float | None, deadline: float | None) -> Steps[None]:
-        blocker = yield from space.claims.enter(self._footing, self._key, current_owner(), deadline)
+    def _acquire_in_session(self, space: LockSpace, request: Request) -> Steps[None]:
+        footing = self._footing
+        footing.backend = space.backend
+        if request.max_waiters is not None:
+            self._refuse_long_queue(space, request)
+        blocker = yield from space.claims.enter(footing, request, current_owner())
         if blocker is not None:
-            raise self._conflict(timeout, _describe(blocker))
-        claim = self._footing.claim
-        if claim is None or claim.count > 1:
-            return  # the owner holds it already
-        if not (yield from space.backend.acquire(claim, self._key, deadline, timeout)):
-            holders = yield from space.backend.holders(claim, self._key)
-            space.backend.give_back(claim)
-            raise self._conflict(timeout, ", ".join(map(str, holders)) or None)
+            raise self._conflict(request, _describe(blocker))
+        if footing.fresh:  # else the owner holds all of it already
+            fresh = replace(request, keys=tuple(claim.key for claim in footing.fresh))
+            footing.token = yield from self._ask(space, fresh)
+            space.claims.confirm(footing)
+        else:
+            footing.token = footing.claims[0].token
 
-    def _acquire_in_transaction(
-        self, connection: BaseDatabaseWrapper, timeout: float | None, deadline: float | None
-    ) -> None:
+    def _ask(self, space: LockSpace, request: Request) -> Steps[int | None]:
+        footing = self._footing
+        grant = yield from space.backend.acquire(footing, request, footing.fresh)
+        if grant is None:
+            raise self._conflict(request, (yield from space.backend.conflict(footing, request)))
+        for claim in footing.fresh:
+            claim.token = grant.token
+        return grant.token
+
+    def _refuse_long_queue(self, space: LockSpace, request: Request) -> None:
+        """Refuse by the queue inside this process; the backend looks at the one in the store."""
+        for key in request.keys:
+            waiting = space.claims.waiting(key)
+            if waiting and request.max_waiters is not None and waiting >= request.max_waiters:
+                raise LockAcquireTimeout(
+                    f"lock {key.text!r}: {waiting} wait for it in this process already "
+                    f"(max_waiters={request.max_waiters}); not waited for",
+                    key.text,
+                    request.timeout,
+                    0.0,
+                )
+
+    def _acquire_in_transaction(self, connection: BaseDatabaseWrapper, request: Request) -> Steps[None]:
         settings = self._settings
+        if self._footing.home is not None:
+            raise LockInTransaction(
+                f"lock {self._text!r}: a transaction of Django's is a thread's, so `async with` can't hold its lock; "
+                "use `with lock(...)` inside the synchronous function that has atomic()",
+                self._text,
+            )
+        if request.slots > 1:
+            raise ConfigurationError(
+                f"lock {self._text!r}: slots={request.slots} inside atomic(): slots are held by sessions; "
+                "take the lock outside atomic(), or say scope='detached'"
+            )
         if settings.dsn is not None:
-            require_one_space(connection, settings.dsn)
-        space = space_for(connection, settings)
-        if space.claims.find(self._key, current_owner()) is not None:
+            yield from require_one_space(connection, settings.dsn)
+        space = self._space = yield from space_for(connection, settings)
+        owner = current_owner()
+        outer = tuple(key for key in request.keys if space.claims.find(key, owner) is not None)
+        if outer:
             # A block around the transaction holds it, on a session: that session would not let our transaction in.
-            self._space = space
-            drive(space.claims.enter(self._footing, self._key, current_owner(), deadline))
+            yield from self._acquire_in_session(space, replace(request, keys=outer))
+        ours = tuple(key for key in request.keys if key not in outer)
+        if not ours:
             return
-        attempt = TransactionLock(connection, self._key, timeout, settings.max_block)
-        if not attempt.acquire(deadline):
-            raise self._conflict(timeout, ", ".join(map(str, attempt.holders())) or None)
+        attempt = TransactionLock(connection, replace(request, keys=ours), store_options(settings))
+        if not attempt.acquire():
+            raise self._conflict(request, ", ".join(map(str, attempt.holders())) or None)
+        self._footing.token = attempt.token
         self._transaction = attempt
 
-    def _conflict(self, timeout: float | None, holder: str | None) -> LockAcquireTimeout:
+    def _conflict(self, request: Request, holder: str | None) -> LockAcquireTimeout:
         waited = time.monotonic() - self._since
-        self._emit("conflicted", waited=waited, timeout=timeout, holder=holder)
-        return LockAcquireTimeout(None, self._key.text, timeout, round(waited, 3), holder)
+        self._emit("conflicted", waited=waited, timeout=request.timeout, holder=holder)
+        return LockAcquireTimeout(None, self._text, request.timeout, round(waited, 3), holder)
 
-    def _enter_context(self) -> None:
+    def _enter_context(self, *, keep: bool) -> None:
         self._active = True
         if self._net is not None:  # pragma: no branch - it is None once the lock was left
             _stack.set((*_stack.get(), self._net))
+        if keep:
+            _kept.add(self)
 
     # The ways out.
 
     def _release(self, error: BaseException | None) -> None:
         """Release; `error`: what the body raised, which a loss must not hide."""
         try:
-            released = self._give_up()
+            released = drive(self._give_up())
             self._leave_context()
         except BaseException:
             self._abandon()
             raise
+        self._report(error, released=released)
+
+    async def _arelease(self, error: BaseException | None) -> None:
+        try:
+            released = await adrive(self._give_up())
+            self._leave_context()
+        except BaseException:
+            await self._aabandon()
+            raise
+        self._report(error, released=released)
+
+    def _report(self, error: BaseException | None, *, released: bool) -> None:
         self._emit("released", held=time.monotonic() - self._since - self.waited)
-        if not released and not self._lost:
+        if not released:
             self._tell_lost()
         if self._lost:
             self._report_loss(error)
 
-    def _give_up(self) -> bool:
+    def _give_up(self) -> Steps[bool]:
         """Release what the acquisition stands on; False when it was gone already."""
-        claim, space = self._footing.claim, self._space
+        footing = self._footing
         released = self._transaction is None or self._transaction.is_over() or not self._transaction.is_cut()
-        if claim is not None and space is not None:
-            if claim.count == 1:
-                released = drive(space.backend.release(claim, self._key))
-            self._footing.drop()
+        if footing.ownership is not None:
+            last = footing.ownership.leaving(footing)
+            held = [claim for claim in last if claim.held]
+            if held:
+                released &= yield from footing.backend.release(footing, held)
+            for claim in last:
+                footing.ownership.leave(claim)
+            footing.claims.clear()
         self._active = False
         return released
 
     def _abandon(self) -> None:
-        """Undo whatever was reached: end the session that holds or awaits the lock. Twice is the same as once."""
+        """Undo whatever was reached: nothing is held or awaited afterwards. Twice is the same as once."""
         self._active = False
-        self._footing.drop()
+        undo(self._footing)
+        self._leave_context()
+
+    async def _aabandon(self) -> None:
+        self._active = False
+        await finish(undo_steps(self._footing))
         self._leave_context()
 
     def _leave_context(self) -> None:
+        # Nobody may know the net any more: its callback would run at every end of a lock, and swallow interrupts.
         net, self._net = self._net, None
+        self._footing.lock = None
         if net is not None:
             _nets.discard(net)
             _stack.set(tuple(other for other in _stack.get() if other is not net))
@@ -363,16 +489,29 @@ class HeldLock:
     # Loss.
 
     def _is_cut(self) -> bool:
-        if self._transaction is not None:
-            return self._transaction.is_cut()
-        session = self._footing.claim.session if self._footing.claim is not None else None
-        return session is not None and session.is_dead()
+        if self._transaction is not None and self._transaction.is_cut():
+            return True
+        footing = self._footing
+        return any(claim.held and footing.backend.is_lost(claim) for claim in footing.claims)
 
     def _tell_lost(self) -> None:
+        """Say it once: to the log, the hooks, and the callbacks."""
+        if self._lost:
+            return
         self._lost = True
         instrumentation.emit(LockEvent("lost", self.keys))
+        home = self._footing.home
+        if home is not None and home.is_running() and home is not running_loop():
+            home.call_soon_threadsafe(self._call_back)
+        else:
+            self._call_back()
+
+    def _call_back(self) -> None:
         for callback in self._callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # noqa: BLE001 - logged; one callback must not keep the others from hearing
+                instrumentation.logger.exception("a callback on the loss of lock %r failed", self._text)
 
     def _report_loss(self, error: BaseException | None) -> None:
         if self._settings.on_lost != "raise":
@@ -384,14 +523,33 @@ class HeldLock:
 
     def _loss(self) -> LockLost:
         return LockLost(
-            f"lock {self._key.text!r} was lost while it was held: its session was cut, so others may have entered; "
+            f"lock {self._text!r} was lost while it was held: its session was cut, so others may have entered; "
             "treat what was done since as unguarded",
-            self._key.text,
+            self._text,
         )
 
     def _emit(self, kind: EventKind, **fields: Any) -> None:  # noqa: ANN401 - the fields of LockEvent
         if kind == "conflicted" or instrumentation.hooked():
             instrumentation.emit(LockEvent(kind, self.keys, **fields))
+
+
+def undo_steps(footing: Footing) -> Steps[None]:
+    """Undo whatever `footing` says, in the store and in this process. Twice is the same as once."""
+    ownership = footing.ownership
+    if ownership is None or footing.pid != os.getpid():
+        return
+    claims = ownership.leaving(footing)
+    try:
+        yield from footing.backend.undo(footing, claims)
+    finally:
+        for claim in claims:
+            ownership.leave(claim)
+        footing.claims.clear()
+
+
+def undo(footing: Footing) -> None:
+    """Undo what `footing` says, at once."""
+    drive(undo_steps(footing))
 
 
 class _Net(weakref.ref["HeldLock"]):
@@ -412,7 +570,7 @@ _nets: set[_Net] = set()
 def _catch(net: _Net) -> None:
     """End the session of a lock that nobody can release any more."""
     _nets.discard(net)
-    net.footing.drop()
+    undo(net.footing)
 
 
 def current_lock() -> HeldLock | None:
@@ -437,14 +595,18 @@ def assert_locked(*keys: Key) -> None:
     namespace = get_settings().namespace if keys else ""
     for key in keys:
         wanted = lock_key(key, namespace)
-        held = next((one for one in active if one._key == wanted), None)
+        held = next((one for one in active if wanted in one._keys), None)
         if held is None:
             texts = ", ".join(repr(text) for one in active for text in one.keys) or "none"
             raise LockNotHeld(f"lock {wanted.text!r} is not held here; held: {texts}", wanted.text)
         held.check()
 
 
-def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, key: LockKey) -> bool:
+def _by_number(key: LockKey) -> int:
+    return key.number
+
+
+def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, text: str) -> bool:
     """Decide whether the lock is held by the transaction of `connection`.
 
     Raises: LockInTransaction, ConfigurationError.
@@ -453,9 +615,9 @@ def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, key
     inside = in_transaction(connection)
     if scope == "transaction" and not inside:
         raise LockInTransaction(
-            f"lock {key.text!r}: scope='transaction' needs an open transaction on {connection.alias!r}; "
+            f"lock {text!r}: scope='transaction' needs an open transaction on {connection.alias!r}; "
             "put the lock inside atomic()",
-            key.text,
+            text,
         )
     if scope == "detached":
         return False
@@ -466,32 +628,14 @@ def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, key
     if where is None:
         return False
     raise LockInTransaction(
-        f"lock {key.text!r} would be released before the transaction on {where!r} commits, and its updates could "
+        f"lock {text!r} would be released before the transaction on {where!r} commits, and its updates could "
         "be lost; take the lock outside atomic(), or on that transaction "
         f"(scope='auto' or 'transaction', using={where!r}), "
         "or say scope='detached' when it protects something other than that transaction's rows",
-        key.text,
+        text,
     )
 
 
 def _describe(claim: Claim) -> str:
-    name = getattr(claim.owner, "name", None)
-    who = f"thread {name!r}" if name else repr(claim.owner)
     what = f" {describe_work(claim.work)}" if claim.work else ""
-    return f"{who} of this process (pid {os.getpid()}){what}"
-
-
-def refuse_reserved(options: LockOptions, what: object) -> None:
-    """Refuse, by name, the options that the contract has and this release hasn't; `what` has them.
-
-    Raises: ConfigurationError.
-    """
-    reserved = {
-        "shared=True": options.shared,
-        "slots": options.slots != 1,
-        "backend": options.backend is not None,
-        "max_waiters": options.max_waiters is not None,
-    }
-    for name, used in reserved.items():
-        if used:
-            raise ConfigurationError(f"{what!r}: {name} is not in this release, which has exclusive locks only")
+    return f"{claim} of this process (pid {os.getpid()}){what}"

@@ -1,11 +1,12 @@
 """Who owns which key inside this process.
 
 Two sessions of one process exclude each other in the server, but one session is granted a lock that it holds already.
-So a key belongs to one owner of this process before the server is asked, whatever session will hold it; the others
-queue here, first come first served, and only one of them stands in the server's queue.
+So a key is asked for by one owner of this process at a time, whatever session will hold it; the others queue here,
+first come first served, and only one of them stands in the server's queue. Readers, and the holders of slots, follow
+one another into the server as soon as the one before has been answered.
 
-Every step survives an exception that a signal handler or `PyThreadState_SetAsyncExc` raises between two calls: what was
-done is written down before it takes effect, and leaving twice is the same as leaving once.
+Every step survives an exception that a signal handler or `PyThreadState_SetAsyncExc` raises between two calls: what is
+done is written down before it takes effect, and undoing it twice is the same as once.
 """
 
 from __future__ import annotations
@@ -14,180 +15,273 @@ import asyncio
 import os
 import threading
 import time
-from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from concurrency_safe.core.errors import ConfigurationError, LockCapacityError
+from concurrency_safe.core.errors import ConfigurationError, LockCapacityError, LockReentrancyError
 from concurrency_safe.core.steps import GateWait, Steps
+from concurrency_safe.gates import LoopGate, ThreadGate, gate_for
 
 if TYPE_CHECKING:
     from concurrency_safe.core.keys import LockKey
-    from concurrency_safe.core.sessions import LockSession
+    from concurrency_safe.core.sessions import Request
 
 #: Seconds after which a waiter looks for itself whether it is its turn: the bell can be lost when its ringer is
 #: interrupted between two calls.
 LOOK_AGAIN = 0.25
 
 
-class ThreadGate:
-    """A gate for a thread (for a greenlet, when gevent has patched `threading`)."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        """Make it closed."""
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def open(self) -> None:
-        """Let the waiter through."""
-        if self._lock.locked():
-            self._lock.release()
-
-    def wait(self, timeout: float) -> bool:
-        """Block up to `timeout` seconds; True when the gate was opened."""
-        return self._lock.acquire(timeout=timeout)
-
-
 class Claim:
-    """One owner's hold on one key, or its place in the queue."""
+    """One owner's hold on one key, or its place in the queue for it."""
 
-    __slots__ = ("count", "gate", "gone", "key", "owner", "queue", "session", "work")
+    __slots__ = ("gone", "held", "key", "number", "owner", "session", "shared", "slots", "stands", "token", "work")
 
-    def __init__(self, key: LockKey, owner: object, work: str | None) -> None:
-        """Claim `key` for `owner`; nothing is owned yet. `work`: whose work it is for (a task's id), or None."""
+    def __init__(self, key: LockKey, request: Request, owner: object, footing: Footing) -> None:
+        """Claim `key` for `owner`; nothing is owned yet."""
         self.key = key
+        self.shared = request.shared
+        self.slots = request.slots
         self.owner = owner
-        self.work = work
-        #: How many acquisitions of the owner stand on this claim; 0 while it waits.
-        self.count = 0
-        #: The session that holds the lock in the server, or is about to.
-        self.session: LockSession | None = None
-        self.gate = ThreadGate()
+        self.work = footing.work
+        #: The acquisitions that stand on this claim: one, and those by which its owner entered again.
+        self.stands = {footing}
+        #: Whether the store has granted it.
+        self.held = False
+        #: Whether it was given up.
         self.gone = False
-        self.queue: deque[Claim] | None = None
+        #: The session that holds the lock in the store, or is about to.
+        self.session: Any = None
+        #: What is locked in the store: the key's number, or that of its slot.
+        self.number = key.number
+        #: The fencing token that came with the grant.
+        self.token: int | None = None
+
+    def lose(self) -> None:
+        """Tell every lock that stands on it that the session was cut."""
+        for footing in tuple(self.stands):
+            lock = footing.lock() if footing.lock is not None else None
+            if lock is not None:
+                lock._tell_lost()  # noqa: SLF001 - a HeldLock's, for us
+
+    def __str__(self) -> str:
+        """Say who has it, in a few words."""
+        if isinstance(self.owner, asyncio.Task):
+            return f"task {self.owner.get_name()!r}"
+        return f"thread {getattr(self.owner, 'name', None) or self.owner!r}"
 
 
 class Footing:
     """What one acquisition stands on, written down step by step, so that it can be undone at any point."""
 
-    __slots__ = ("claim", "counted", "ownership", "work")
+    __slots__ = (
+        "_gate",
+        "backend",
+        "claims",
+        "fresh",
+        "home",
+        "lock",
+        "ownership",
+        "pid",
+        "session",
+        "token",
+        "work",
+    )
 
-    def __init__(self, work: str | None) -> None:
-        """Stand on nothing. `work`: see `Claim`."""
+    def __init__(self, work: str | None, home: asyncio.AbstractEventLoop | None = None) -> None:
+        """Stand on nothing. `work`: whose work it is for (a task's id), or None. `home`: the event loop, or None."""
         self.work = work
+        self.home = home
+        self.pid = os.getpid()
+        self._gate: ThreadGate | LoopGate | None = None
+        #: The lock whose footing this is, weakly: it must not keep a forgotten one alive.
+        self.lock: Callable[[], Any] | None = None
         self.ownership: Ownership | None = None
-        self.claim: Claim | None = None
-        #: Whether `claim.count` counts this acquisition.
-        self.counted = False
+        #: The lock store in which the claims are held.
+        self.backend: Any = None
+        #: Every claim that this acquisition stands on, and those among them that it made.
+        self.claims: list[Claim] = []
+        self.fresh: list[Claim] = []
+        #: The session that it uses now.
+        self.session: Any = None
+        #: The fencing token that came with the grant.
+        self.token: int | None = None
 
-    def drop(self) -> None:
-        """Undo whatever was reached. Twice is the same as once."""
-        if self.ownership is not None:
-            self.ownership.drop(self)
+    @property
+    def gate(self) -> ThreadGate | LoopGate:
+        """Where it waits: made when it first has to."""
+        if self._gate is None:
+            self._gate = gate_for(self.home)
+        return self._gate
+
+
+class _Entry:
+    """One key, as long as anybody of this process holds it or waits for it."""
+
+    __slots__ = ("asker", "holders", "key", "queue", "shared", "slots")
+
+    def __init__(self, claim: Claim) -> None:
+        self.key = claim.key
+        self.slots = claim.slots
+        #: Who asks the server now; an exclusive holder stays here.
+        self.asker: Claim | None = None
+        #: Readers, and holders of slots.
+        self.holders: dict[object, Claim] = {}
+        #: Who waits for its turn to ask, the first first.
+        self.queue: dict[Claim, Footing] = {}
+
+    def admits(self, claim: Claim) -> bool:
+        """Say whether `claim` may ask the server: nobody asks, and no holder of this process is in its way."""
+        if self.asker is not None:
+            return False
+        if claim.slots > 1:
+            return len(self.holders) < claim.slots
+        return not self.holders or (claim.shared and all(other.shared for other in self.holders.values()))
 
 
 class Ownership:
     """The claims of one lock space in this process."""
 
     def __init__(self, max_held: int) -> None:
-        """Let at most `max_held` keys be held at once."""
+        """Let at most `max_held` locks be held at once."""
         self._max_held = max_held
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._claims: dict[int, Claim] = {}
+        self._entries: dict[int, _Entry] = {}
+        self._held: set[Claim] = set()
+        #: How many slots a key has, where there are several.
+        self._slots: dict[int, int] = {}
         # Re-entrant: the collector may run a finalizer, which leaves, while this thread is in here.
         self._mutex = threading.RLock()
 
     def find(self, key: LockKey, owner: object) -> Claim | None:
-        """Give the claim on which `owner` holds `key` already.
+        """Give the claim by which `owner` holds `key` already.
 
         Raises: ConfigurationError: another key of this process has the same number.
         """
         if self._pid != os.getpid():
             self._reset()  # a forked child owns nothing
-        claim = self._claims.get(key.number)
-        if claim is None or claim.owner != owner or not claim.count:
+        entry = self._entries.get(key.number)
+        if entry is None:
             return None
-        _refuse_collision(claim.key, key)
+        claim = entry.asker
+        if claim is None or claim.owner != owner or not claim.held:
+            claim = entry.holders.get(owner)
+        if claim is None:
+            return None
+        _refuse_collision(entry.key, key)
         return claim
 
-    def enter(self, footing: Footing, key: LockKey, owner: object, deadline: float | None) -> Steps[Claim | None]:
-        """Make `owner` the one of this process who may take `key`, by the monotonic time `deadline` (None: whenever).
+    def enter(self, footing: Footing, request: Request, owner: object) -> Steps[Claim | None]:
+        """Make `owner` the one of this process who may ask for the keys, by the request's deadline.
 
-        Returns: None, or the claim of the one who kept it past the deadline.
-        Raises: LockCapacityError, ConfigurationError.
+        The keys that it holds already are counted once more; `footing.fresh` are the others.
+
+        Returns: None, or the claim of the one who was in the way past the deadline.
+        Raises: LockCapacityError, ConfigurationError, LockReentrancyError.
         """
         footing.ownership = self
-        held = self.find(key, owner)
-        if held is not None:
-            # No call in these three lines, so no exception can come between them.
-            footing.claim = held
-            held.count += 1
-            footing.counted = True
-            return None
-        mine = footing.claim = Claim(key, owner, footing.work)
-        with self._mutex:
-            if len(self._claims) >= self._max_held and key.number not in self._claims:
-                raise LockCapacityError(
-                    f"this process holds {len(self._claims)} locks, which is its cap (MAX_HELD={self._max_held}); "
-                    "hold fewer at a time, or raise MAX_HELD and PostgreSQL's max_locks_per_transaction",
-                    key.text,
-                )
-            current = self._claims.setdefault(key.number, mine)
-            if current is not mine:
-                _refuse_collision(current.key, key)
-                if current.queue is None:
-                    current.queue = deque()
-                mine.queue = current.queue
-                mine.queue.append(mine)
-        while (blocker := self._claims.get(key.number)) is not mine:
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
+        for key in request.keys:
+            held = self.find(key, owner)
+            if held is not None:
+                _refuse_another_mode(held, request)
+                footing.claims.append(held)
+                held.stands.add(footing)
+                continue
+            blocker = yield from self._queue(footing, Claim(key, request, owner, footing), request.deadline)
+            if blocker is not None:
                 return blocker
-            again = now + LOOK_AGAIN
-            yield GateWait(mine.gate, again if deadline is None else min(again, deadline))
-        mine.count = 1
-        footing.counted = True
         return None
 
-    def drop(self, footing: Footing) -> None:
-        """Undo what `footing` says; the session of a claim ends with the last acquisition that stands on it."""
-        claim = footing.claim
-        if claim is None or self._pid != os.getpid():
-            return
-        if footing.counted:
-            claim.count -= 1
-            footing.counted = False
-        if claim.count == 0:
-            try:
-                session, claim.session = claim.session, None
-                if session is not None:
-                    session.discard()
-            finally:
-                self.leave(claim)
-        footing.claim = None
+    def _queue(self, footing: Footing, mine: Claim, deadline: float | None) -> Steps[Claim | None]:
+        footing.claims.append(mine)
+        footing.fresh.append(mine)
+        number = mine.key.number
+        with self._mutex:
+            if len(self._held) + len(footing.fresh) > self._max_held:
+                raise LockCapacityError(
+                    f"this process holds {len(self._held)} locks, which is its cap (MAX_HELD={self._max_held}); "
+                    "hold fewer at a time, or raise MAX_HELD and PostgreSQL's max_locks_per_transaction",
+                    mine.key.text,
+                )
+            entry = self._entries.get(number)
+            self._refuse_other_slots(mine, entry)
+            if entry is None:
+                entry = _Entry(mine)
+                entry.asker = mine
+                self._entries[number] = entry
+                return None
+            _refuse_collision(entry.key, mine.key)
+            entry.queue[mine] = footing
+            self._advance(entry)
+        while entry.asker is not mine:
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                return entry.asker or next(iter(entry.holders.values()), mine)
+            again = now + LOOK_AGAIN
+            yield GateWait(footing.gate, again if deadline is None else min(again, deadline))
+        return None
+
+    def confirm(self, footing: Footing) -> None:
+        """Write down that the store has granted what `footing` asked for; readers and slots let the next one ask."""
+        for claim in footing.fresh:
+            claim.held = True
+            with self._mutex:
+                self._held.add(claim)
+                if claim.shared or claim.slots > 1:
+                    entry = self._entries[claim.key.number]
+                    entry.holders[claim.owner] = claim
+                    entry.asker = None
+                    self._advance(entry)
+
+    def leaving(self, footing: Footing) -> list[Claim]:
+        """Take `footing` off its claims; give those that nobody stands on any more: the store must free them."""
+        for claim in footing.claims:
+            claim.stands.discard(footing)
+        return [claim for claim in footing.claims if not claim.stands and not claim.gone]
 
     def leave(self, claim: Claim) -> None:
-        """Give up the key, or the place in the queue; the first in the queue is the next owner."""
+        """Give up the key, or the place in the queue; the first in the queue is the next to ask."""
         with self._mutex:
             claim.gone = True
-            queue = claim.queue
-            if self._claims.get(claim.key.number) is not claim:
-                if queue and claim in queue:
-                    queue.remove(claim)
+            self._held.discard(claim)
+            entry = self._entries.get(claim.key.number)
+            if entry is None:
                 return
-            while queue:
-                heir = queue[0]
-                if not heir.gone:
-                    self._claims[claim.key.number] = heir
-                queue.popleft()
-                if not heir.gone:
-                    heir.gate.open()
-                    return
-            del self._claims[claim.key.number]
+            entry.queue.pop(claim, None)
+            if entry.asker is claim:
+                entry.asker = None
+            if entry.holders.get(claim.owner) is claim:
+                del entry.holders[claim.owner]
+            self._advance(entry)
+            if entry.asker is None and not entry.holders and not entry.queue:
+                del self._entries[claim.key.number]
+
+    def waiting(self, key: LockKey) -> int:
+        """Count the owners of this process that queue for `key` here."""
+        entry = self._entries.get(key.number)
+        return len(entry.queue) if entry is not None else 0
+
+    @staticmethod
+    def _advance(entry: _Entry) -> None:
+        for heir, footing in entry.queue.items():
+            if entry.admits(heir):
+                entry.asker = heir
+                del entry.queue[heir]
+                footing.gate.open()
+            return
+
+    def _refuse_other_slots(self, claim: Claim, entry: _Entry | None) -> None:
+        known = self._slots.get(claim.key.number, entry.slots if entry is not None else claim.slots)
+        if known != claim.slots:
+            raise ConfigurationError(
+                f"lock {claim.key.text!r}: slots={claim.slots}, but this process uses it with slots={known}; "
+                "a key has one number of slots everywhere",
+                claim.key.text,
+            )
+        if claim.slots > 1:
+            self._slots[claim.key.number] = claim.slots
 
 
 def current_owner() -> object:
@@ -200,6 +294,16 @@ def current_owner() -> object:
         if task is not None:
             return task
     return threading.current_thread()
+
+
+def _refuse_another_mode(held: Claim, request: Request) -> None:
+    if held.shared != request.shared:
+        had, wanted = ("shared", "exclusive") if held.shared else ("exclusive", "shared")
+        raise LockReentrancyError(
+            f"lock {held.key.text!r} is held {had} here and can't be entered again as {wanted}: two that did so would "
+            f"wait for each other; take it {wanted} from the start, or release it first",
+            held.key.text,
+        )
 
 
 def _refuse_collision(held: LockKey, wanted: LockKey) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from concurrency_safe.conf import Settings, django_is_configured
 from concurrency_safe.core.errors import ConfigurationError
+from concurrency_safe.core.sessions import Backend, StoreOptions
+from concurrency_safe.core.steps import Steps
 from concurrency_safe.ownership import Ownership
 from concurrency_safe.postgres import alias as aliases
 from concurrency_safe.postgres.backend import PostgresBackend
-from concurrency_safe.postgres.waiting import drive
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
 class LockSpace:
     """Where a key means one lock: the backend, and who owns what inside this process."""
 
-    backend: PostgresBackend
+    backend: Backend
     claims: Ownership
 
 
+#: The settings by which two spaces of one database differ.
+_OF_A_SPACE = ("pool_size", "pool_idle", "max_block", "max_held", "fencing", "pooler")
+
 _spaces: dict[tuple[object, ...], LockSpace] = {}
+_own_claims: weakref.WeakKeyDictionary[object, Ownership] = weakref.WeakKeyDictionary()
 _alias_dsns: dict[tuple[object, ...], str] = {}
 _verified: set[tuple[str, str]] = set()
 
@@ -34,7 +40,7 @@ def django_connection(using: str | None, settings: Settings) -> BaseDatabaseWrap
     return aliases.connection_of(using or settings.using) if django_is_configured() else None
 
 
-def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> LockSpace:
+def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Steps[LockSpace]:
     """Give the lock space of session scope, by the setting DSN or else the Django alias.
 
     Raises: ConfigurationError: neither leads to PostgreSQL, or they lead to different databases.
@@ -48,19 +54,40 @@ def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Loc
             )
         dsn = _dsn_of(connection)
     elif connection is not None and connection.vendor == "postgresql":
-        require_one_space(connection, dsn)
+        yield from require_one_space(connection, dsn)
     return _space(dsn, settings)
 
 
-def require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> None:
+def space_of(backend: object, settings: Settings) -> LockSpace:
+    """Give the lock space of a backend of one's own.
+
+    Raises: ConfigurationError: it is none.
+    """
+    if not all(callable(getattr(backend, verb, None)) for verb in ("acquire", "conflict", "release", "undo")):
+        raise ConfigurationError(
+            f"backend={backend!r} is no lock store; give one such as concurrency_safe.memory.MemoryBackend(), "
+            "or leave it out for PostgreSQL"
+        )
+    claims = _own_claims.setdefault(backend, Ownership(settings.max_held))
+    return LockSpace(cast("Backend", backend), claims)
+
+
+def require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> Steps[None]:
     """Check, once for each pair, that `dsn` and `connection` lead to the same database.
 
     Raises: ConfigurationError, LockUnavailable.
     """
     pair = (dsn, _dsn_of(connection))
     if pair not in _verified:
-        drive(aliases.verify_one_space(*pair, connection.alias))
+        yield from aliases.verify_one_space(*pair, connection.alias)
         _verified.add(pair)
+
+
+def store_options(settings: Settings) -> StoreOptions:
+    """Give what of the settings a lock store must know."""
+    return StoreOptions(
+        settings.pool_size, settings.pool_idle, settings.max_block, settings.fencing, settings.pooler == "transaction"
+    )
 
 
 def _dsn_of(connection: BaseDatabaseWrapper) -> str:
@@ -78,17 +105,13 @@ def _dsn_of(connection: BaseDatabaseWrapper) -> str:
 
 
 def _space(dsn: str, settings: Settings) -> LockSpace:
-    name = (dsn, settings.pool_size, settings.pool_idle, settings.max_block, settings.max_held)
+    name = (dsn, *(getattr(settings, each) for each in _OF_A_SPACE))
     space = _spaces.get(name)
     if space is None:
-        backend = PostgresBackend(
-            dsn,
-            pool_size=settings.pool_size,
-            pool_idle=settings.pool_idle,
-            max_block=settings.max_block,
-        )
         # setdefault: of two threads that come here first, both must get the same claims.
-        space = _spaces.setdefault(name, LockSpace(backend, Ownership(settings.max_held)))
+        space = _spaces.setdefault(
+            name, LockSpace(PostgresBackend(dsn, store_options(settings)), Ownership(settings.max_held))
+        )
     return space
 
 

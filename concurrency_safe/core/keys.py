@@ -56,6 +56,15 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
     raise KeyTemplateError(f"a key is a text or a tuple of parts, not {type(key).__name__}: {key!r}")
 
 
+def slot_numbers(key: LockKey, slots: int) -> tuple[int, ...]:
+    """Give what PostgreSQL locks for a key with several slots: the gate, at which waiters queue, then each slot.
+
+    Derived from the key's number, so namespace and text are in it; frozen like it.
+    """
+    texts = [str(key.number), *(f"{key.number}:{slot}" for slot in range(slots))]
+    return tuple(_number("", b"slot", [text]) for text in texts)
+
+
 def check_text(text: str) -> str:
     """Refuse a text that can't be a key, or a part of one.
 

@@ -1,14 +1,14 @@
 """What a rule waits for: the vocabulary between the rules (generators) and the loops that drive them.
 
 A rule never blocks. It yields a wait, and is sent True when what it waits for is there, or False when `until`
-has passed. One short loop drives it for threads (`postgres.waiting`); another can drive it for asyncio.
+has passed. Two short loops drive it: one for threads (`postgres.waiting`), one for asyncio (`postgres.loop`).
 Only types live here; whoever really waits lives in the layers above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 #: What a socket should become, as bits.
 READ = 1
@@ -21,8 +21,8 @@ class Gate(Protocol):
     def open(self) -> None:
         """Let the waiter through; opening twice is the same as once."""
 
-    def wait(self, timeout: float) -> bool:
-        """Block the running thread up to `timeout` seconds; True when the gate was opened."""
+    def wait(self, timeout: float) -> Any:  # noqa: ANN401 - a truth, or what an event loop awaits to get it
+        """Wait up to `timeout` seconds; True when the gate was opened; it is closed again then."""
 
 
 class SocketWait(NamedTuple):
@@ -40,7 +40,13 @@ class GateWait(NamedTuple):
     until: float | None
 
 
-Wait: TypeAlias = SocketWait | GateWait
+class CallWait(NamedTuple):
+    """Wait until `call()` has returned: something that blocks in C (the look-up of a host name)."""
+
+    call: Callable[[], object]
+
+
+Wait: TypeAlias = SocketWait | GateWait | CallWait
 
 _T = TypeVar("_T")
 

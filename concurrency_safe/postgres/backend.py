@@ -1,119 +1,290 @@
-"""Session scope: a lock held by a private session, from the pool of this process, until it is released."""
+"""Session scope: locks held by private sessions, out of the pool of this process, until they are released."""
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Sequence
 
 from concurrency_safe.core.errors import (
     ConcurrencySafeError,
+    ConfigurationError,
+    LockAcquireTimeout,
     LockCapacityError,
     LockDeadlock,
     LockUnavailable,
 )
-from concurrency_safe.core.keys import LockKey
-from concurrency_safe.core.sessions import Slot
+from concurrency_safe.core.keys import slot_numbers
+from concurrency_safe.core.sessions import Borrower, Hold, Request, StoreOptions
 from concurrency_safe.core.steps import Steps
 
-from . import sql
-from .inspect import Holder, holders_of, session_name
+from . import protocol, sql
+from .inspect import holders_of, session_name
 from .pool import SessionPool
 from .protocol import ServerGoneError, ServerRefusedError
-from .session import LockSession, complete_conninfo, open_session
+from .session import Grant, LockSession, complete_conninfo, open_session
+from .watch import watch
+
+#: Seconds between two looks for a free slot, by the one waiter at the head of the queue: the first, and the most.
+FIRST_LOOK, LAST_LOOK = 0.01, 0.1
 
 
 class PostgresBackend:
     """Locks of one database, for one process."""
 
-    def __init__(self, dsn: str, *, pool_size: int, pool_idle: float, max_block: float) -> None:
-        """Take the DSN and the settings of those names (seconds); nothing connects yet."""
+    def __init__(self, dsn: str, options: StoreOptions) -> None:
+        """Take the DSN of the store; nothing connects yet."""
         self._conninfo = complete_conninfo(dsn)
-        self._pool = SessionPool(pool_size, pool_idle)
-        self._max_block = max_block
+        self._options = options
+        self.pool = SessionPool(self._open, options.pool_size, options.pool_idle)
 
-    def acquire(self, slot: Slot, key: LockKey, deadline: float | None, timeout: float | None) -> Steps[bool]:
-        """Take the lock on `key`, by the monotonic time `deadline` (None: for ever).
+    def _open(self) -> Steps[LockSession]:
+        session = yield from open_session(self._conninfo)
+        watch(session, self.pool)
+        return session
 
-        `timeout`: what the caller asked for, for messages; 0 means that one try is all.
+    def acquire(self, borrower: Borrower, request: Request, holds: Sequence[Hold]) -> Steps[Grant | None]:
+        """Take all keys of `request` or none; see `core.sessions.Backend`.
 
-        Returns: True when `slot.session` holds it; False when others kept it: `slot.session` holds nothing then.
-        Raises: LockUnavailable, LockDeadlock, LockCapacityError, ConfigurationError: the caller ends `slot.session`.
+        After anything but a return the caller lets `undo` run.
+
+        Raises: LockUnavailable, LockDeadlock, LockCapacityError, LockAcquireTimeout (too many waiters),
+            ConfigurationError.
         """
-        number = b"%d" % key.number
         started = time.monotonic()
+        numbers = _numbers(request)
         try:
-            if (yield from self._try_acquire(slot, number)):
-                return True
-            if timeout == 0:
-                return False
-            session: LockSession = slot.session
-            return (yield from session.wait_acquire(number, deadline, self._max_block))
+            grant = yield from self._try(borrower, request, numbers)
+            if grant is None and request.timeout != 0:
+                grant = yield from self._wait(borrower, request, numbers)
+            if grant is not None:
+                self._confirm(borrower, holds, grant)
+                yield from self.pool.free(borrower)
         except (ServerGoneError, ServerRefusedError) as error:
-            raise explain(error, key, timeout, time.monotonic() - started) from error
+            raise explain(error, request, time.monotonic() - started) from error
+        return grant
 
-    def _try_acquire(self, slot: Slot, number: bytes) -> Steps[bool]:
-        name = session_name(slot.work)
-        idle = slot.session = self._pool.checkout()
-        if idle is not None:
+    def _try(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
+        name = session_name(borrower.work)
+        kind: sql.Kind = "slot" if request.slots > 1 else "all" if len(numbers) > 1 else "one"
+        while True:
+            session = yield from self.pool.lend(borrower, numbers, name, empty=False)
+            used = bool(session.prepared)
             try:
-                return (yield from idle.try_acquire(number, name))
+                return (yield from session.try_acquire(request, numbers, name, kind, fenced=self._options.fencing))
             except ServerGoneError:
-                # It died while it was idle (a restart, a firewall). Nothing can have been granted to it.
-                idle.discard()
-        fresh = slot.session = yield from open_session(self._conninfo)
-        return (yield from fresh.try_acquire(number, name))
+                # It died while it was idle (a restart, a firewall): nothing can have been granted. A new one must do.
+                if not used:
+                    raise
+                yield from self._end(borrower)
 
-    def release(self, slot: Slot, key: LockKey) -> Steps[bool]:
-        """Release the lock that `slot.session` holds, and return the session to the pool.
+    def _wait(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
+        """Block on a session that holds nothing; it keeps the lock then."""
+        session: LockSession = borrower.session
+        if request.max_waiters is not None:
+            yield from self._refuse_long_queue(borrower, request, numbers)
+        if session.held:
+            yield from self.pool.free(borrower)
+            session = yield from self.pool.lend(borrower, numbers, session_name(borrower.work), empty=True)
+        session.blocked = True
+        if request.slots > 1:
+            return (yield from self._wait_for_slot(borrower, session, request, numbers))
+        return (
+            yield from session.wait_acquire(request, numbers, self._options.max_block, fenced=self._options.fencing)
+        )
 
-        Returns: False when it wasn't held any more: the session was cut, or shared by a pooler.
+    def _wait_for_slot(
+        self, borrower: Borrower, session: LockSession, request: Request, numbers: Sequence[int]
+    ) -> Steps[Grant | None]:
+        """Queue at the gate, first come first served; its holder alone looks for a free slot, again and again."""
+        gate = yield from session.wait_acquire(request, numbers[:1], self._options.max_block, fenced=False)
+        if gate is None:
+            return None
+        name = session_name(borrower.work)
+        look = FIRST_LOOK
+        while True:
+            grant = yield from session.try_acquire(request, numbers, name, "head", fenced=self._options.fencing)
+            now = time.monotonic()
+            if grant is not None or (request.deadline is not None and now >= request.deadline):
+                if grant is None:
+                    yield from session.settle()
+                return grant
+            until = now + look if request.deadline is None else min(now + look, request.deadline)
+            yield from protocol.pause(borrower.gate, until)
+            look = min(look * 2, LAST_LOOK)
+
+    def _refuse_long_queue(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[None]:
+        session: LockSession = borrower.session
+        waiting = holders_of((yield from session.holders(sql.WAITERS, numbers[:1] if request.slots > 1 else numbers)))
+        if request.max_waiters is not None and len(waiting) >= request.max_waiters:
+            holders = yield from self.conflict(borrower, request)
+            raise LockAcquireTimeout(
+                f"lock {request.text!r} is held by {holders or 'somebody else'}, and {len(waiting)} wait for it "
+                f"already (max_waiters={request.max_waiters}); not waited for",
+                request.text,
+                request.timeout,
+                0.0,
+                holders,
+            )
+
+    @staticmethod
+    def _confirm(borrower: Borrower, holds: Sequence[Hold], grant: Grant) -> None:
+        session: LockSession = borrower.session
+        for hold, number in zip(holds, grant.numbers, strict=True):
+            hold.number = number
+            hold.session = session
+            session.held[number] = hold
+        session.debts.clear()
+
+    def release(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
+        """Release `holds`; False: one of them wasn't held any more, since its session was cut, or a pooler shares it.
+
+        After anything but a return the caller lets `undo` run.
         """
-        session: LockSession = slot.session
-        try:
-            released = yield from session.release(b"%d" % key.number)
-        except (ServerGoneError, ServerRefusedError):
-            released = False
-        # Out of the slot first: from the pool it may be lent to another thread at once.
-        slot.session = None
-        if released:
-            self._pool.checkin(session)
-        else:
-            session.discard()
+        released = True
+        for session, mine in _by_session(holds).items():
+            try:
+                yield from self.pool.take(borrower, session)
+                for hold in mine:
+                    session.debts.add((hold.number, hold.shared))
+                    session.held.pop(hold.number, None)
+                ours = yield from session.release([hold.number for hold in mine], shared=mine[0].shared)
+                session.debts.difference_update((hold.number, hold.shared) for hold in mine)
+                if ours:
+                    yield from self.pool.free(borrower)
+            except (ServerGoneError, ServerRefusedError):
+                ours = False
+            if not ours:
+                released = False
+                yield from self._end(borrower)
         return released
 
-    def give_back(self, slot: Slot) -> None:
-        """Return a session that holds nothing, after a conflict, to the pool."""
-        session, slot.session = slot.session, None
-        self._pool.checkin(session)
+    def undo(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[None]:
+        """End what an interrupted acquisition or release left: afterwards nothing of `holds` is held.
 
-    def holders(self, slot: Slot, key: LockKey) -> Steps[list[Holder]]:
-        """Read who holds `key`; an empty list when that can't be read or nobody does any more."""
-        session: LockSession = slot.session
+        A session that holds nothing else is closed; one that does is cleaned, or closed when that fails.
+        """
+        session: LockSession | None = borrower.session
+        if session is not None and session.user is borrower:
+            yield from self._clean(borrower)
+        for hold in holds:
+            session, hold.session = hold.session, None
+            if session is None:
+                continue
+            with self.pool.mutex:
+                if session.held.get(hold.number) is not hold:
+                    continue
+                session.debts.add((hold.number, hold.shared))
+                del session.held[hold.number]
+                if session.user is not None:
+                    continue  # who pays it at the end of its turn
+                borrower.session = session
+                session.user = borrower
+            yield from self._clean(borrower)
+
+    def _clean(self, borrower: Borrower) -> Steps[None]:
+        session: LockSession = borrower.session
+        clean = False
         try:
-            return holders_of((yield from session.holders(b"%d" % key.number)))
+            if session.held:
+                yield from session.settle()
+                yield from self.pool.free(borrower)
+                clean = True
         except (ServerGoneError, ServerRefusedError):
-            return []
+            pass
+        finally:
+            if not clean:
+                session.dead = True
+        if not clean:
+            yield from self._end(borrower)
+
+    def _end(self, borrower: Borrower) -> Steps[None]:
+        """Close the session that `borrower` uses, whatever it does now; others that it held locks for lose them."""
+        session: LockSession | None = borrower.session
+        if session is None:
+            return
+        try:
+            yield from session.end()
+        finally:
+            borrower.session = None
+            if session.user is borrower:
+                session.user = None
+            self.pool.forget(session)
+
+    def conflict(self, borrower: Borrower, request: Request) -> Steps[str | None]:
+        """After a refusal: say who holds the keys, and end the turn of `borrower`."""
+        holders = yield from self.holders(borrower.session, request)
+        try:
+            yield from self.pool.free(borrower)
+        except (ServerGoneError, ServerRefusedError):
+            yield from self._end(borrower)
+        return holders
+
+    @staticmethod
+    def holders(session: LockSession, request: Request) -> Steps[str | None]:
+        """Say who holds the keys; None when that can't be read or nobody does any more."""
+        numbers = _numbers(request)
+        try:
+            rows = yield from session.holders(sql.HOLDERS, numbers[1:] if request.slots > 1 else numbers)
+        except (ServerGoneError, ServerRefusedError):
+            return None
+        return ", ".join(map(str, holders_of(rows))) or None
+
+    def is_lost(self, hold: Hold) -> bool:
+        """Say, without a query, whether the session of `hold` was cut."""
+        session: LockSession | None = hold.session
+        if session is None:
+            return False
+        with self.pool.mutex:
+            lost = session.dead or (session.user is None and session.is_dead())
+        if lost:
+            self.pool.forget(session)
+        return lost
 
     def close(self) -> None:
         """End the idle sessions; those that hold locks end when they release."""
-        self._pool.close()
+        self.pool.close()
 
 
-def explain(
-    error: ServerGoneError | ServerRefusedError, key: LockKey, timeout: float | None, waited: float
-) -> ConcurrencySafeError:
-    """Give the library's error for what the server said while `key` was acquired."""
+def _numbers(request: Request) -> tuple[int, ...]:
+    """Give what is locked for `request`; for slots: the gate, then the slots in an order of chance."""
+    key = request.keys[0]
+    if request.slots == 1:
+        return tuple(one.number for one in request.keys)
+    gate, *slots = slot_numbers(key, request.slots)
+    random.shuffle(slots)
+    return (gate, *slots)
+
+
+def _by_session(holds: Sequence[Hold]) -> dict[LockSession, list[Hold]]:
+    sessions: dict[LockSession, list[Hold]] = {}
+    for hold in holds:
+        if hold.session is not None:
+            sessions.setdefault(hold.session, []).append(hold)
+    return sessions
+
+
+def explain(error: ServerGoneError | ServerRefusedError, request: Request, waited: float) -> ConcurrencySafeError:
+    """Give the library's error for what the server said while `request` was under way."""
     sqlstate = getattr(error, "sqlstate", None)
     reason = str(error).strip()
+    text = request.text
     if sqlstate == sql.DEADLOCK_DETECTED:
         message = (
-            f"lock {key.text!r} was not acquired: PostgreSQL found a deadlock and chose this waiter as the victim "
+            f"lock {text!r} was not acquired: PostgreSQL found a deadlock and chose this waiter as the victim "
             f"after {waited:.1f} s; acquire keys in one order everywhere, or several at once"
         )
-        return LockDeadlock(message, key.text, timeout, waited)
+        return LockDeadlock(message, text, request.timeout, waited)
     if sqlstate == sql.OUT_OF_MEMORY:
         return LockCapacityError(
-            f"lock {key.text!r} was not acquired: PostgreSQL's lock table is full ({reason}); "
+            f"lock {text!r} was not acquired: PostgreSQL's lock table is full ({reason}); "
             "hold fewer locks at a time, or raise max_locks_per_transaction",
-            key.text,
+            text,
         )
-    return LockUnavailable(f"lock {key.text!r} was not acquired: {reason}", key.text)
+    if sqlstate == sql.UNDEFINED_TABLE and sql.FENCE in reason:
+        return ConfigurationError(
+            f"lock {text!r}: FENCING needs the sequence {sql.FENCE}, which this database hasn't; run "
+            "`python manage.py migrate concurrency_safe`, or `concurrency-safe init` in a project without Django",
+            text,
+        )
+    return LockUnavailable(f"lock {text!r} was not acquired: {reason}", text)

@@ -1,64 +1,185 @@
-"""The few sessions of one process and one database: opened when needed, kept while they are used.
+"""The few sessions of one process and one database: opened when needed, shared by the locks held, closed when idle.
 
-A session in the pool holds nothing. One that is lent belongs to its borrower alone; whoever can't prove that it is
-clean ends it (`LockSession.discard`) instead of returning it.
+A session has one user at a time, for as long as a statement is under way; the others queue for their turn. Whoever
+can't prove that what it leaves is clean ends the session.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import threading
 import time
-from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from concurrency_safe.core.steps import GateWait, Steps
+
+from .protocol import STALL, ServerGoneError
 from .session import LockSession
+
+if TYPE_CHECKING:
+    from concurrency_safe.core.sessions import Borrower
+
+#: Seconds after which somebody who waits for a turn looks for itself (see `ownership.LOOK_AGAIN`).
+LOOK_AGAIN = 0.05
 
 
 class SessionPool:
-    """Idle sessions, the most recently used first."""
+    """The sessions of one database, and whose turn it is on them."""
 
-    def __init__(self, size: int, max_idle: float) -> None:
-        """Keep at most `size` idle sessions, each for at most `max_idle` seconds."""
-        self._size = size
+    def __init__(self, opened: Callable[[], Steps[LockSession]], size: int, max_idle: float) -> None:
+        """Open sessions by `opened`; keep at most `size`, an idle one for at most `max_idle` seconds."""
+        self._opened = opened
+        self._size = max(size, 1)
+        self._kept = size
         self._max_idle = max_idle
-        self._idle: deque[LockSession] = deque()
+        self._reset()
+
+    def _reset(self) -> None:
         self._pid = os.getpid()
+        self.sessions: list[LockSession] = []
+        self._opening: set[Borrower] = set()
+        self._queue: dict[Borrower, None] = {}
+        # Re-entrant: the collector may end a forgotten lock while this thread is in here.
+        self.mutex = threading.RLock()
 
-    def checkout(self) -> LockSession | None:
-        """Lend an idle session, or None: open one then."""
-        self._forget_after_fork()
-        self.prune()
+    def lend(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> Steps[LockSession]:
+        """Give `borrower` a session that holds none of `numbers`; `empty`: one that holds nothing at all.
+
+        Sessions are shared by locks of one `name` (whose work they are for) and of one event loop, or of threads. A
+        new one is opened while there are fewer than the pool's size, or when none of them would do even at rest.
+
+        Raises: ServerGoneError: no turn came. LockUnavailable, ConfigurationError: no session could be opened.
+        """
+        if self._pid != os.getpid():
+            self._reset()  # the sockets are closed already (session._drop_in_child)
+        until = time.monotonic() + STALL
         try:
-            return self._idle.pop()
-        except IndexError:
-            return None
+            while True:
+                with self.mutex:
+                    session = self._pick(borrower, numbers, name, empty=empty)
+                    if session is not None:
+                        return session
+                    if empty or self._may_open(borrower, numbers, name):
+                        self._opening.add(borrower)
+                        break
+                    self._queue[borrower] = None
+                yield from self._turn(borrower, until)
+            fresh = yield from self._opened()
+            with self.mutex:
+                borrower.session = fresh
+                fresh.user = borrower
+                fresh.home = borrower.home
+                self.sessions.append(fresh)
+            return fresh
+        finally:
+            self._opening.discard(borrower)
+            self._queue.pop(borrower, None)
 
-    def checkin(self, session: LockSession) -> None:
-        """Take back a session that holds nothing."""
-        self._forget_after_fork()
-        session.idle_since = time.monotonic()
-        self._idle.append(session)
-        self.prune()
+    def take(self, borrower: Borrower, session: LockSession) -> Steps[None]:
+        """Wait for the turn of `borrower` on `session`.
+
+        Raises: ServerGoneError: it was cut, or the turn did not come.
+        """
+        until = time.monotonic() + STALL
+        try:
+            while not session.dead:
+                with self.mutex:
+                    if session.user is None:
+                        borrower.session = session
+                        session.user = borrower
+                        return
+                    self._queue[borrower] = None
+                yield from self._turn(borrower, until)
+        finally:
+            self._queue.pop(borrower, None)
+        raise ServerGoneError("the session was cut")
+
+    @staticmethod
+    def _turn(borrower: Borrower, until: float) -> Steps[None]:
+        now = time.monotonic()
+        if now >= until:
+            raise ServerGoneError(f"no session of the lock store became free in {STALL:.0f} s")
+        yield GateWait(borrower.gate, min(until, now + LOOK_AGAIN))
+
+    def free(self, borrower: Borrower) -> Steps[None]:
+        """End the turn of `borrower`, and pay what a lock that was forgotten meanwhile has left.
+
+        Raises: ServerGoneError, ServerRefusedError: the session is of no more use.
+        """
+        session: LockSession = borrower.session
+        while not self._freed(borrower, session):
+            yield from session.settle()
+
+    def _freed(self, borrower: Borrower, session: LockSession) -> bool:
+        with self.mutex:
+            if session.debts and not session.dead:
+                return False
+            session.blocked = False
+            session.used_at = time.monotonic()
+            if not session.held:
+                session.idle_since = session.used_at
+            session.user = None
+            borrower.session = None
+            for waiting in tuple(self._queue):
+                waiting.gate.open()
+            self.prune()
+        if session.dead:
+            self.forget(session)
+        return True
+
+    def forget(self, session: LockSession) -> None:
+        """Close a session that is of no more use, and tell the owners of what it held."""
+        with self.mutex:
+            held, session.held = session.held, {}
+            session.dead = True
+            if session in self.sessions:
+                self.sessions.remove(session)
+            if session.user is None:
+                session.discard()
+        for hold in held.values():
+            hold.lose()
 
     def prune(self) -> None:
-        """End the sessions that are too many, or idle for too long."""
+        """End the sessions that hold nothing, and are too many, or idle for too long."""
         oldest = time.monotonic() - self._max_idle
-        # A snapshot: other threads lend and return meanwhile. The oldest stand first.
-        for session in list(self._idle):
-            if len(self._idle) <= self._size and session.idle_since >= oldest:
-                return
-            with contextlib.suppress(ValueError):  # it was lent a moment ago
-                self._idle.remove(session)
-                session.discard()
+        with self.mutex:
+            for session in list(self.sessions):
+                spare = len(self.sessions) > self._kept or session.idle_since < oldest
+                if spare and session.user is None and not session.held:
+                    self.forget(session)
 
     def close(self) -> None:
-        """End every idle session."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.popleft().discard()
+        """End every session that holds nothing."""
+        with self.mutex:
+            for session in list(self.sessions):
+                if session.user is None and not session.held:
+                    self.forget(session)
 
-    def _forget_after_fork(self) -> None:
-        if self._pid != os.getpid():
-            # The sockets are closed already (session._drop_in_child); what is left here are names.
-            self._idle.clear()
-            self._pid = os.getpid()
+    def _pick(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> LockSession | None:
+        for session in self.sessions:
+            if session.user is None and not (empty and session.held) and _serves(session, borrower, numbers, name):
+                borrower.session = session
+                session.user = borrower
+                session.home = borrower.home
+                return session
+        return None
+
+    def _may_open(self, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:
+        serving = [one for one in self.sessions if not one.blocked and _serves(one, borrower, numbers, name)]
+        return not serving or len(self.sessions) + len(self._opening) < self._size
+
+
+def _serves(session: LockSession, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:
+    """Say whether `session`, when nobody uses it, will do."""
+    if session.dead:
+        return False
+    held = session.held
+    if not held:
+        return True
+    return (
+        session.home is borrower.home
+        and session.name == name
+        and len(held) + len(numbers) <= session.capacity
+        and not any(number in held for number in numbers)
+    )

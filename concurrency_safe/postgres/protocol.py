@@ -9,11 +9,12 @@ Source: https://www.postgresql.org/docs/current/libpq-async.html
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from psycopg import OperationalError, pq
 from psycopg.pq.abc import PGconn, PGresult
 
-from concurrency_safe.core.steps import READ, WRITE, SocketWait, Steps
+from concurrency_safe.core.steps import READ, WRITE, CallWait, Gate, GateWait, SocketWait, Steps
 
 from . import sql
 from .sql import Statement
@@ -45,8 +46,11 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
 
     Raises: ServerGoneError.
     """
-    pgconn = pq.PGconn.connect_start(conninfo)
+    started: list[PGconn] = []
     try:
+        # Looking up a host name blocks in C.
+        yield CallWait(lambda: started.append(pq.PGconn.connect_start(conninfo)))
+        (pgconn,) = started
         while True:
             status = pgconn.connect_poll() if pgconn.status != pq.ConnStatus.BAD else pq.PollingStatus.FAILED
             if status == pq.PollingStatus.OK:
@@ -58,7 +62,8 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
             if not (yield SocketWait(pgconn.socket, events, until)):
                 raise ServerGoneError("the server did not answer the connection attempt in time")
     except BaseException:
-        pgconn.finish()
+        for pgconn in started:
+            pgconn.finish()
         raise
 
 
@@ -133,53 +138,48 @@ def _checked(pgconn: PGconn, result: PGresult | None) -> PGresult:
     raise ServerRefusedError(sqlstate.decode(), message.decode(errors="replace"))
 
 
-def try_acquire(pgconn: PGconn, prepared: set[bytes], number: bytes, name: bytes | None) -> Steps[bool]:
-    """Take the lock `number` (an int64 in decimal) if nobody holds it or waits for it: one round trip, never waits.
+def wait_acquire(  # noqa: PLR0913 - what a wait is about
+    pgconn: PGconn,
+    prepared: set[bytes],
+    numbers: Sequence[bytes],
+    deadline: float | None,
+    max_block: float,
+    *,
+    shared: bool,
+    fenced: bool,
+) -> Steps[PGresult | None]:
+    """Wait for all of `numbers`, one after the other, until the monotonic time `deadline` (None: for ever).
 
-    `name`: what the session's application_name becomes; None leaves it.
+    The session must hold nothing. The server waits, up to `max_block` seconds a piece: a waiter pins the oldest visible
+    row version, which stops VACUUM and CREATE INDEX CONCURRENTLY, so it must not block without end. Between two pieces
+    it gives back what it got, and loses its place.
 
-    Raises: ServerRefusedError, ServerGoneError.
-    """
-    if name is None:
-        result = yield from execute(pgconn, prepared, sql.TRY, [number])
-    else:
-        result = yield from execute(pgconn, prepared, sql.TRY_NAMED, [number, name])
-    return result.get_value(0, 0) == b"t"
-
-
-def wait_acquire(
-    pgconn: PGconn, prepared: set[bytes], number: bytes, deadline: float | None, max_block: float
-) -> Steps[bool]:
-    """Wait for the lock `number` until the monotonic time `deadline` (None: for ever); the session must hold nothing.
-
-    The server waits, up to `max_block` seconds a piece: a waiter pins the oldest visible row version, which stops
-    VACUUM and CREATE INDEX CONCURRENTLY, so it must not block without end. Between two pieces it loses its place.
-
-    Returns: True when it is ours; False when others kept it, and the session holds nothing then.
+    Returns: the last answer, with the token; None when others kept one of them: the session holds nothing then.
     Raises: ServerRefusedError, ServerGoneError: what the session holds is unknown then; close it.
     """
-    while (piece := max_block if deadline is None else min(deadline - time.monotonic(), max_block)) > 0:
-        # At least 1 ms: lock_timeout 0 would mean no timeout.
-        params = [number, str(max(1, round(piece * 1000))).encode()]
+    while (left := max_block if deadline is None else min(deadline - time.monotonic(), max_block)) > 0:
+        until = time.monotonic() + left
+        result: PGresult | None = None
         try:
-            yield from execute(pgconn, prepared, sql.WAIT, params, time.monotonic() + piece + GRACE)
+            for number in numbers:
+                piece = until - time.monotonic()
+                statement = sql.wait_statement(shared=shared, fenced=fenced and number is numbers[-1])
+                # At least 1 ms: lock_timeout 0 would mean no timeout.
+                params = [number, str(max(1, round(piece * 1000))).encode()]
+                result = yield from execute(pgconn, prepared, statement, params, until + GRACE)
         except ServerRefusedError as refused:
             if refused.sqlstate != sql.LOCK_NOT_AVAILABLE:
                 raise
             yield from execute(pgconn, prepared, sql.RELEASE_ALL)
         else:
-            return True
-    return False
+            return result
+    return None
 
 
-def release(pgconn: PGconn, prepared: set[bytes], number: bytes) -> Steps[bool]:
-    """Release the lock `number`.
-
-    Returns: False when the session did not hold it (the server wrote a warning).
-    Raises: ServerRefusedError, ServerGoneError.
-    """
-    result = yield from execute(pgconn, prepared, sql.RELEASE, [number])
-    return result.get_value(0, 0) == b"t"
+def pause(gate: Gate, until: float) -> Steps[None]:
+    """Wait until the monotonic time `until`, at the waiter's own gate."""
+    while time.monotonic() < until:
+        yield GateWait(gate, until)
 
 
 def cancel(pgconn: PGconn, until: float) -> Steps[None]:

@@ -10,22 +10,32 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from psycopg import OperationalError, ProgrammingError, conninfo, pq
 from psycopg.pq.abc import PGconn, PGresult
 
 from concurrency_safe.core.errors import ConfigurationError, LockUnavailable
+from concurrency_safe.core.sessions import Borrower, Hold, Request
 from concurrency_safe.core.steps import READ, Steps
 
 from . import protocol, sql
-from .waiting import drive, wait_socket
+from .waiting import wait_socket
 
 #: Seconds for opening a connection, where the DSN says nothing (libpq's connect_timeout).
 CONNECT_TIMEOUT = 10.0
 
 #: Seconds that ending an interrupted statement may take, so that an interrupt surfaces within 250 ms.
 CANCEL_TIMEOUT = 0.1
+
+#: Seconds that cleaning a shared session may take after an interrupt; past them it is closed.
+SETTLE_TIMEOUT = 0.1
+
+#: Seconds that a holder's session may be without traffic before it is asked for a sign of life, and for the answer:
+#: with the time between two looks, a silent cut is found within 30 s.
+HEARTBEAT = 10.0
+HEARTBEAT_TIMEOUT = 3.0
 
 #: What libpq gets where the DSN says nothing: a silent cut is found within 30 s also by an idle client.
 #: Source: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
@@ -49,45 +59,143 @@ POOLER_ROUNDS = 3
 _sessions: dict[int, weakref.ref[LockSession]] = {}
 
 
-class LockSession:
-    """A connection in autocommit mode that holds at most one lock, or waits for it."""
+class Grant(NamedTuple):
+    """What was granted: the numbers, in the request's order, and the fencing token (None: not enabled)."""
 
-    __slots__ = ("__weakref__", "idle_since", "name", "pgconn", "pid", "prepared")
+    numbers: tuple[int, ...]
+    token: int | None
+
+
+class LockSession:
+    """A connection in autocommit mode that holds locks, or waits for one.
+
+    Several locks may share it: each statement belongs to one borrower (`user`), and no statement waits for a lock while
+    another one is held. What it may hold without an owner is written down in `debts` before the statement is sent.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "blocked",
+        "dead",
+        "debts",
+        "held",
+        "home",
+        "idle_since",
+        "name",
+        "pgconn",
+        "pid",
+        "prepared",
+        "used_at",
+        "user",
+    )
+
+    #: Most locks that one session holds; each statement's end walks its table of locks.
+    capacity = 250
 
     def __init__(self, pgconn: PGconn, pid: int) -> None:
         """Take over `pgconn`; `pid` is the server process behind it."""
         self.pgconn = pgconn
         self.pid = pid
         self.prepared: set[bytes] = set()
-        self.idle_since = 0.0
+        self.idle_since = self.used_at = time.monotonic()
         #: The application_name that was set last; None: unknown, so the next user sets it.
         self.name: str | None = None
+        #: Whose statement is under way; None: anybody may send one.
+        self.user: Borrower | None = None
+        #: Whether that statement waits in the server for a lock.
+        self.blocked = False
+        #: The event loop whose locks are held here, or None: threads'. Means nothing while none is held.
+        self.home: object = None
+        #: What is held here, by number.
+        self.held: dict[int, Hold] = {}
+        #: What may be held here although nobody owns it (number, shared): released before the next use.
+        self.debts: set[tuple[int, bool]] = set()
+        #: Whether it was seen to be cut.
+        self.dead = False
         _sessions[id(self)] = weakref.ref(self)
 
-    def try_acquire(self, number: bytes, name: str) -> Steps[bool]:
-        """See `protocol.try_acquire`; the name is sent only when it is another than the session's."""
-        if self.name == name:
-            return (yield from protocol.try_acquire(self.pgconn, self.prepared, number, None))
-        self.name = None
-        acquired = yield from protocol.try_acquire(self.pgconn, self.prepared, number, name.encode())
+    def try_acquire(
+        self, request: Request, numbers: Sequence[int], name: str, kind: sql.Kind, *, fenced: bool
+    ) -> Steps[Grant | None]:
+        """Take all of `numbers` (or one slot of them, behind the gate) if they are free; None when they aren't.
+
+        Raises: ServerRefusedError, ServerGoneError.
+        """
+        named = self.name != name
+        statement = sql.try_statement(kind, shared=request.shared, fenced=fenced, named=named)
+        params = [b"%d" % numbers[0] if kind == "one" else b"{%s}" % b",".join(b"%d" % one for one in numbers)]
+        if named:
+            self.name = None
+            params.append(name.encode())
+        self.debts.update((number, request.shared) for number in numbers)
+        result = yield from protocol.execute(self.pgconn, self.prepared, statement, params)
         self.name = name
-        return acquired
+        got = result.get_value(0, 0)
+        if got is None or got == b"f":
+            if kind != "head":  # whose gate is held still
+                self.debts.clear()
+            return None
+        slot = kind in ("slot", "head")
+        return Grant((int(got),) if slot else tuple(numbers), _token(result, 1) if fenced else None)
 
-    def wait_acquire(self, number: bytes, deadline: float | None, max_block: float) -> Steps[bool]:
-        """See `protocol.wait_acquire`."""
-        return protocol.wait_acquire(self.pgconn, self.prepared, number, deadline, max_block)
+    def wait_acquire(
+        self, request: Request, numbers: Sequence[int], max_block: float, *, fenced: bool
+    ) -> Steps[Grant | None]:
+        """Wait for all of `numbers`, in the server; None when the request's deadline passed. See `protocol`."""
+        self.debts.update((number, request.shared) for number in numbers)
+        texts = [b"%d" % number for number in numbers]
+        result = yield from protocol.wait_acquire(
+            self.pgconn, self.prepared, texts, request.deadline, max_block, shared=request.shared, fenced=fenced
+        )
+        if result is None:
+            self.debts.clear()
+            return None
+        return Grant(tuple(numbers), _token(result, 0) if fenced else None)
 
-    def release(self, number: bytes) -> Steps[bool]:
-        """See `protocol.release`."""
-        return protocol.release(self.pgconn, self.prepared, number)
+    def release(self, numbers: Sequence[int], *, shared: bool) -> Steps[bool]:
+        """Release `numbers`, which are held in this mode; False: one of them was not held (the server warns).
 
-    def holders(self, number: bytes) -> Steps[PGresult]:
-        """Ask who holds `number`: rows of backend pid, application_name, client address."""
-        return protocol.execute(self.pgconn, self.prepared, sql.HOLDERS, [number])
+        Raises: ServerRefusedError, ServerGoneError.
+        """
+        many = len(numbers) > 1
+        statement = sql.release_statement(shared=shared, many=many)
+        param = b"{%s}" % b",".join(b"%d" % number for number in numbers) if many else b"%d" % numbers[0]
+        result = yield from protocol.execute(self.pgconn, self.prepared, statement, [param])
+        return result.get_value(0, 0) == b"t"
+
+    def settle(self) -> Steps[None]:
+        """After an interrupt: read what is still under way, then release what nobody owns.
+
+        Raises: ServerRefusedError, ServerGoneError: it can't be done in time.
+        """
+        until = time.monotonic() + SETTLE_TIMEOUT
+        if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            with contextlib.suppress(protocol.ServerRefusedError):
+                yield from protocol.answer(self.pgconn, until)
+        self.prepared.clear()  # which statements were prepared is not known any more
+        self.name = None
+        yield from protocol.query(self.pgconn, b"DEALLOCATE ALL", until)
+        debts = tuple(self.debts)
+        for number, shared in debts:
+            mode = b"_shared" if shared else b""
+            yield from protocol.query(self.pgconn, b"SELECT pg_advisory_unlock%s(%d)" % (mode, number), until)
+            self.debts.discard((number, shared))
+
+    def beat(self) -> Steps[None]:
+        """Ask for a sign of life.
+
+        Raises: ServerRefusedError, ServerGoneError.
+        """
+        yield from protocol.query(self.pgconn, b"SELECT 1", time.monotonic() + HEARTBEAT_TIMEOUT)
+
+    def holders(self, statement: sql.Statement, numbers: Sequence[int]) -> Steps[PGresult]:
+        """Ask who holds `numbers`, or waits for them: rows of backend pid, application_name, client address."""
+        param = b"{%s}" % b",".join(b"%d" % number for number in numbers)
+        return protocol.execute(self.pgconn, self.prepared, statement, [param])
 
     def is_dead(self) -> bool:
         """Say, without a query, whether the server has closed this idle session."""
-        if self.pgconn.status != pq.ConnStatus.OK:
+        if self.dead or self.pgconn.status != pq.ConnStatus.OK:
             return True
         # A terminated backend sends its error first, the end of file comes behind it: read until nothing is left.
         while wait_socket(self.pgconn.socket, READ, 0):
@@ -100,22 +208,32 @@ class LockSession:
                 return True
         return False
 
-    def discard(self) -> None:
+    def end(self) -> Steps[None]:
         """End the session whatever it is doing: the server drops its wait, then its locks. Raises no error."""
+        self.dead = True
         try:
             if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                 # A backend that blocks doesn't see that its client is gone: it would stay in the queue.
-                cancel_statement(self.pgconn)
+                yield from cancel_steps(self.pgconn)
         finally:
-            self.pgconn.finish()
-            _sessions.pop(id(self), None)
+            self.discard()
+
+    def discard(self) -> None:
+        """Close the socket, without waiting for anything."""
+        self.dead = True
+        self.pgconn.finish()
+        _sessions.pop(id(self), None)
 
 
-def cancel_statement(pgconn: PGconn) -> None:
+def _token(result: PGresult, column: int) -> int:
+    return int(result.get_value(0, column) or 0)
+
+
+def cancel_steps(pgconn: PGconn) -> Steps[None]:
     """Ask the server to end the statement under way, for at most `CANCEL_TIMEOUT` seconds; a failure is no error."""
     with contextlib.suppress(protocol.ServerGoneError, OperationalError):
         if pq.version() >= LIBPQ_WITH_CANCEL and hasattr(pgconn, "cancel_conn"):
-            drive(protocol.cancel(pgconn, time.monotonic() + CANCEL_TIMEOUT))
+            yield from protocol.cancel(pgconn, time.monotonic() + CANCEL_TIMEOUT)
         else:  # pragma: no cover - libpq before 17 has the blocking form only
             pgconn.get_cancel().cancel()
 

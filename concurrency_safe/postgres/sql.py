@@ -5,7 +5,8 @@ Source: https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-A
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 
 class Statement(NamedTuple):
@@ -15,42 +16,105 @@ class Statement(NamedTuple):
     text: bytes
 
 
-#: One round trip, never waits. Refused also when somebody waits already, so it can't overtake a queue.
-TRY = Statement(b"cs_try", b"SELECT pg_try_advisory_lock($1::bigint)")
+#: The sequence behind fencing tokens. CACHE 1, or a session would hand out numbers that it drew before another's.
+FENCE = "concurrency_safe_fence"
+CREATE_FENCE = f"CREATE SEQUENCE IF NOT EXISTS {FENCE} AS bigint CACHE 1"
 
-#: The same, and the session says whose work it is for ($2, its application_name), so that a conflict can name the
-#: holder.
-TRY_NAMED = Statement(
-    b"cs_try_named",
-    b"SELECT CASE WHEN set_config('application_name', $2::text, false) IS NOT NULL"
-    b" THEN pg_try_advisory_lock($1::bigint) END",
-)
+#: What is tried: one key; all keys or none; a free slot, if nobody queues; a free slot, at the head of the queue.
+Kind = Literal["one", "all", "slot", "head"]
 
-#: Blocks in the server, first come first served, up to $2 milliseconds. CASE fixes the order: the timeout is set first.
-#: The session is ours alone, so the setting needs no reset.
-WAIT = Statement(
-    b"cs_wait",
-    b"SELECT CASE WHEN set_config('lock_timeout', $2::text, false) IS NOT NULL THEN pg_advisory_lock($1::bigint) END",
-)
+#: All keys or none, in one statement: the recursion stops at the first that is taken, and then the others are undone.
+_ALL = """(WITH RECURSIVE taken(i, ok) AS (
+  SELECT 0, true UNION ALL
+  SELECT i + 1, pg_try_advisory_lockMODE(($1::bigint[])[i + 1]) FROM taken WHERE ok AND i < cardinality($1::bigint[])
+), done AS MATERIALIZED (SELECT bool_and(ok) AS ok, count(*) FILTER (WHERE ok) - 1 AS n FROM taken)
+SELECT ok OR (SELECT count(pg_advisory_unlockMODE(($1::bigint[])[i])) FROM generate_series(1, n) i) < 0 FROM done)"""
 
-RELEASE = Statement(b"cs_release", b"SELECT pg_advisory_unlock($1::bigint)")
+
+@lru_cache
+def try_statement(kind: Kind, *, shared: bool = False, fenced: bool = False, named: bool = False) -> Statement:
+    """Give the statement that takes what is free, in one round trip, and never waits.
+
+    It is refused also when somebody waits already, so it can't overtake a queue. Parameters: the number (kind "one") or
+    the array of numbers, then with `named` the session's application_name, which tells a conflict who holds it.
+    Columns: what was granted (t, or the slot's number), with `fenced` the token.
+    """
+    mode = "_shared" if shared else ""
+    lock = {
+        "one": f"pg_try_advisory_lock{mode}($1::bigint)",
+        "all": _ALL.replace("MODE", mode),
+        "slot": _slot("pg_try_advisory_lock(($1::bigint[])[1])", "mine"),
+        "head": _slot("true", "i IS NOT NULL"),
+    }[kind]
+    if named:
+        lock = f"CASE WHEN set_config('application_name', $2::text, false) IS NOT NULL THEN {lock} END"
+    if fenced:
+        got = "got" if kind in ("one", "all") else "got IS NOT NULL"
+        # Lock first, then number: OFFSET 0 keeps the planner from merging the two.
+        lock = f"got, CASE WHEN {got} THEN nextval('{FENCE}') END FROM (SELECT {lock} AS got OFFSET 0) locked"
+    name = f"cs_try_{kind}{mode}{'_fenced' * fenced}{'_named' * named}"
+    return Statement(name.encode(), f"SELECT {lock}".encode())
+
+
+def _slot(gate: str, free: str) -> str:
+    """Give the search for a slot: its number, or null.
+
+    The array begins with the gate, which stands for the queue; the slots follow. `gate` says whether the queue is ours,
+    `free` when the gate is released: each is an SQL condition.
+    """
+    return f"""(WITH RECURSIVE gate AS MATERIALIZED (SELECT {gate} AS mine), tried(i, ok) AS (
+  SELECT 1, false FROM gate WHERE mine UNION ALL
+  SELECT i + 1, pg_try_advisory_lock(($1::bigint[])[i + 1]) FROM tried WHERE NOT ok AND i < cardinality($1::bigint[])
+), found AS MATERIALIZED (SELECT max(i) FILTER (WHERE ok) AS i, count(*) > 0 AS mine FROM tried),
+freed AS MATERIALIZED (SELECT i, CASE WHEN {free} THEN pg_advisory_unlock(($1::bigint[])[1]) END AS free FROM found)
+SELECT CASE WHEN free IS NULL OR free THEN ($1::bigint[])[i] END FROM freed)"""  # noqa: S608 - no input of anybody's
+
+
+@lru_cache
+def wait_statement(*, shared: bool = False, fenced: bool = False) -> Statement:
+    """Give the statement that blocks in the server, first come first served.
+
+    Parameters: the number, the most milliseconds. CASE fixes the order: the timeout is set first, and a token is drawn
+    last. The session is ours alone, so the setting needs no reset. Column: the token, with `fenced`.
+    """
+    mode = "_shared" if shared else ""
+    lock = (
+        f"CASE WHEN set_config('lock_timeout', $2::text, false) IS NOT NULL THEN pg_advisory_lock{mode}($1::bigint) END"
+    )
+    if fenced:
+        lock = f"CASE WHEN ({lock})::text IS NOT NULL THEN nextval('{FENCE}') END"
+    return Statement(f"cs_wait{mode}{'_fenced' * fenced}".encode(), f"SELECT {lock}".encode())
+
+
+@lru_cache
+def release_statement(*, shared: bool = False, many: bool = False) -> Statement:
+    """Give the statement that releases one number, or an array of them; its column: whether all of them were held."""
+    mode = "_shared" if shared else ""
+    text = f"SELECT pg_advisory_unlock{mode}($1::bigint)"
+    if many:
+        text = f"SELECT bool_and(pg_advisory_unlock{mode}(n)) FROM unnest($1::bigint[]) n"  # noqa: S608 - no input of anybody's
+    return Statement(f"cs_release{mode}{'_many' * many}".encode(), text.encode())
+
 
 #: After a wait that failed: an answer 55P03 can reach us although the lock was granted (madelson/DistributedLock #147).
 #: Not pg_advisory_unlock: that writes a WARNING into the server's log whenever there was nothing to repair.
 RELEASE_ALL = Statement(b"cs_release_all", b"SELECT pg_advisory_unlock_all()")
 
 _HOLDERS = """SELECT l.pid, coalesce(a.application_name, ''), coalesce(host(a.client_addr), '')
-  FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
- WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+  FROM pg_locks l JOIN unnest(NUMBERS::bigint[]) n
+    ON l.classid = ((n >> 32) & 4294967295)::oid AND l.objid = (n & 4294967295)::oid
+  LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+ WHERE l.locktype = 'advisory' AND l.GRANTED AND l.objsubid = 1
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND l.classid = ((NUMBER::bigint >> 32) & 4294967295)::oid
-   AND l.objid = (NUMBER::bigint & 4294967295)::oid
  ORDER BY l.pid"""
 
 #: Who holds a key now, for people. classid and objid are the key's unsigned halves; objsubid 1 is the bigint space.
 #: Source: https://www.postgresql.org/docs/current/view-pg-locks.html
-HOLDERS = Statement(b"cs_holders", _HOLDERS.replace("NUMBER", "$1").encode())
-HOLDERS_IN_TRANSACTION = _HOLDERS.replace("NUMBER", "%(number)s")
+HOLDERS = Statement(b"cs_holders", _HOLDERS.replace("NUMBERS", "$1").replace("GRANTED", "granted").encode())
+HOLDERS_IN_TRANSACTION = _HOLDERS.replace("NUMBERS", "%(numbers)s").replace("GRANTED", "granted")
+
+#: The same rows for those who wait.
+WAITERS = Statement(b"cs_waiters", HOLDERS.text.replace(b"l.granted", b"NOT l.granted"))
 
 #: What a fresh session must be told, by the first server version that knows it (0: all that we support).
 #: The timeouts could kill a waiter or a holder; the keepalives and the check interval let the server notice a vanished
@@ -88,13 +152,23 @@ def session_setup(server_version: int, pid: int | None, *, check_interval: bool 
 
 
 # Transaction scope, on Django's connection (its driver's placeholders).
-TRY_IN_TRANSACTION = "SELECT pg_try_advisory_xact_lock(%s)"
-WAIT_IN_TRANSACTION = "SELECT pg_advisory_xact_lock(%s)"
+def try_in_transaction(*, shared: bool) -> str:
+    """Give the statement that takes one number until the commit; its column: whether it was free."""
+    return f"SELECT pg_try_advisory_xact_lock{'_shared' if shared else ''}(%s)"
+
+
+def wait_in_transaction(*, shared: bool) -> str:
+    """Give the statement that blocks for one number until `lock_timeout`."""
+    return f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}(%s)"
+
+
 TIMEOUTS_IN_TRANSACTION = "SELECT current_setting('lock_timeout'), current_setting('statement_timeout')"
 SET_TIMEOUTS_IN_TRANSACTION = "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)"
+TOKEN_IN_TRANSACTION = f"SELECT nextval('{FENCE}')"
 
 LOCK_NOT_AVAILABLE = "55P03"
 DEADLOCK_DETECTED = "40P01"
 OUT_OF_MEMORY = "53200"
 QUERY_CANCELED = "57014"
 INVALID_PARAMETER = "22023"
+UNDEFINED_TABLE = "42P01"

@@ -18,7 +18,7 @@ from . import protocol, sql
 from .alias import transaction_of
 from .backend import explain
 from .inspect import Holder
-from .session import CANCEL_TIMEOUT, cancel_statement
+from .session import CANCEL_TIMEOUT, cancel_steps
 from .waiting import drive
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
     from concurrency_safe.core.keys import LockKey
+    from concurrency_safe.core.sessions import Request, StoreOptions
 
 _SAVEPOINT = "concurrency_safe_wait"
 
@@ -37,14 +38,15 @@ BLOCKING_PIECE = 0.2
 class TransactionLock:
     """One key on one Django connection, which is inside a transaction: its acquisition, and how long it lasts."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, key: LockKey, timeout: float | None, max_block: float) -> None:
-        """Prepare to take `key`; `timeout` in seconds, None waits for ever; `max_block`: seconds a piece."""
+    def __init__(self, connection: BaseDatabaseWrapper, request: Request, options: StoreOptions) -> None:
+        """Prepare to take what `request` says; nothing is asked yet."""
         self._connection = connection
-        self._key = key
-        self._timeout = timeout
-        self._max_block = max_block
+        self._request = request
+        self._options = options
         self._driver = connection.connection
         self._transaction = transaction_of(connection)
+        #: The fencing token; None: not enabled.
+        self.token: int | None = None
 
     def is_over(self) -> bool:
         """Say whether the transaction that held the lock has ended."""
@@ -54,60 +56,86 @@ class TransactionLock:
         """Say whether the connection was closed, or replaced by another one, before the transaction ended."""
         return self._connection.connection is not self._driver or bool(self._driver.closed)
 
-    def acquire(self, deadline: float | None) -> bool:
-        """Take the lock: one statement when it is free; a savepoint around the wait when it isn't.
+    def acquire(self) -> bool:
+        """Take all keys or none: one statement for one key that is free; a savepoint around anything else.
 
-        Returns: False when others kept it past the monotonic time `deadline`; the transaction is as it was then.
-        Raises: LockUnavailable, LockDeadlock, LockCapacityError.
+        Returns: False when others kept one past the deadline; the transaction is as it was then.
+        Raises: LockUnavailable, LockDeadlock, LockCapacityError, ConfigurationError (no sequence for FENCING).
         """
-        from django.db import InterfaceError, OperationalError
+        from django.db import InterfaceError, OperationalError, ProgrammingError
 
+        request = self._request
         started = time.monotonic()
         try:
-            if self._row(sql.TRY_IN_TRANSACTION, [self._key.number])[0]:
-                return True
-            return self._timeout != 0 and self._wait(deadline)
+            acquired = len(request.keys) == 1 and self._try(request.keys[0])
+            if not acquired and (request.timeout != 0 or len(request.keys) > 1):
+                acquired = self._wait()
+            if acquired and self._options.fencing:
+                self.token = int(self._row(sql.TOKEN_IN_TRANSACTION)[0])
         except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
-            raise explain(error, self._key, self._timeout, time.monotonic() - started) from error
-        except (InterfaceError, OperationalError) as error:
+            raise explain(error, request, time.monotonic() - started) from error
+        except (InterfaceError, OperationalError, ProgrammingError) as error:
             refused = protocol.ServerRefusedError(_sqlstate(error), str(error))
-            raise explain(refused, self._key, self._timeout, time.monotonic() - started) from error
+            raise explain(refused, request, time.monotonic() - started) from error
+        return acquired
 
     def holders(self) -> list[Holder]:
-        """Read who holds the key now."""
+        """Read who holds the keys now."""
         with self._connection.cursor() as cursor:
-            cursor.execute(sql.HOLDERS_IN_TRANSACTION, {"number": self._key.number})
+            numbers = [key.number for key in self._request.keys]
+            cursor.execute(sql.HOLDERS_IN_TRANSACTION, {"numbers": numbers})
             return [Holder(*row) for row in cursor.fetchall()]
 
-    def _wait(self, deadline: float | None) -> bool:
+    def _try(self, key: LockKey) -> bool:
+        return bool(self._row(sql.try_in_transaction(shared=self._request.shared), [key.number])[0])
+
+    def _wait(self) -> bool:
         """Wait inside a savepoint: undone, it also frees a lock that was granted as the wait timed out."""
-        limit = self._max_block if self._raw() is not None else BLOCKING_PIECE
+        deadline, most = self._request.deadline, self._options.max_block
+        limit = most if self._raw() is not None else min(BLOCKING_PIECE, most)
         self._execute(f"SAVEPOINT {_SAVEPOINT}")
         try:
             before = self._row(sql.TIMEOUTS_IN_TRANSACTION)
-            while (piece := limit if deadline is None else min(deadline - time.monotonic(), limit)) > 0:
-                self._row(sql.SET_TIMEOUTS_IN_TRANSACTION, [str(max(1, round(piece * 1000))), "0"])
-                if self._wait_piece(time.monotonic() + piece + protocol.GRACE):
+            while True:
+                now = time.monotonic()
+                until = now + limit if deadline is None else min(deadline, now + limit)
+                if self._take_all(until):
                     self._row(sql.SET_TIMEOUTS_IN_TRANSACTION, before)
                     self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
                     return True
                 self._execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+                if until == deadline:
+                    break
         except BaseException:
             self._recover()
             raise
         self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
         return False
 
-    def _wait_piece(self, until: float) -> bool:
+    def _take_all(self, until: float) -> bool:
+        """Take one key after the other, and wait for each until the monotonic time `until`; False: one was kept."""
+        for key in self._request.keys:
+            if len(self._request.keys) > 1 and self._try(key):
+                continue
+            piece = until - time.monotonic()
+            if piece <= 0:
+                return False
+            self._row(sql.SET_TIMEOUTS_IN_TRANSACTION, [str(max(1, round(piece * 1000))), "0"])
+            if not self._wait_piece(key, until + protocol.GRACE):
+                return False
+        return True
+
+    def _wait_piece(self, key: LockKey, until: float) -> bool:
         """Block in the server for the `lock_timeout` that is set; False when it passed."""
         from django.db import OperationalError
 
         raw = self._raw()
+        statement = sql.wait_in_transaction(shared=self._request.shared)
         try:
             if raw is None:
-                self._row(sql.WAIT_IN_TRANSACTION, [self._key.number])
+                self._row(statement, [key.number])
             else:
-                drive(protocol.query(raw.pgconn, b"SELECT pg_advisory_xact_lock(%d)" % self._key.number, until))
+                drive(protocol.query(raw.pgconn, (statement % key.number).encode(), until))
         except protocol.ServerRefusedError as refused:
             if refused.sqlstate != sql.LOCK_NOT_AVAILABLE:
                 raise
@@ -153,7 +181,7 @@ def end_statement(pgconn: PGconn) -> None:
     Raises: ServerGoneError: it did not end in time.
     """
     until = time.monotonic() + CANCEL_TIMEOUT
-    cancel_statement(pgconn)
+    drive(cancel_steps(pgconn))
     with contextlib.suppress(protocol.ServerRefusedError):
         drive(protocol.answer(pgconn, until))
 

@@ -11,7 +11,7 @@ import select
 import time
 from typing import TypeVar
 
-from concurrency_safe.core.steps import READ, WRITE, GateWait, Steps, Wait
+from concurrency_safe.core.steps import READ, WRITE, CallWait, GateWait, Steps, Wait
 
 #: Seconds that one blocking call may last. An interrupt is seen within 250 ms, also on a busy machine.
 SLICE = 0.1
@@ -39,6 +39,9 @@ def drive(steps: Steps[_T]) -> _T:
 
 def _wait(want: Wait) -> bool:
     """Block until `want` is there (True), or its time has passed (False)."""
+    if isinstance(want, CallWait):
+        want.call()
+        return True
     while True:
         left = SLICE if want.until is None else want.until - time.monotonic()
         slice_ = min(max(left, 0.0), SLICE)

@@ -23,14 +23,17 @@ from concurrency_safe import (
     configure,
     lock,
 )
-from concurrency_safe.core.keys import LockKey, lock_key
-from concurrency_safe.ownership import Footing, Ownership, ThreadGate, current_owner
+from concurrency_safe.core.keys import LockKey
+from concurrency_safe.core.sessions import Request, StoreOptions
+from concurrency_safe.core.steps import Steps
+from concurrency_safe.gates import ThreadGate
+from concurrency_safe.ownership import Claim, Footing, Ownership, current_owner
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.inspect import session_name, short
 from concurrency_safe.postgres.session import complete_conninfo, open_session
 from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
-from tests.integration.conftest import LockStore, Rival, wait_for
+from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
 
 HOLDER = (
     "SELECT pid FROM pg_locks WHERE locktype = 'advisory'"
@@ -38,22 +41,9 @@ HOLDER = (
 )
 
 
-def backend_for(dsn: str, *, pool_size: int = 4, pool_idle: float = 60.0) -> PostgresBackend:
-    return PostgresBackend(dsn, pool_size=pool_size, pool_idle=pool_idle, max_block=10.0)
-
-
-def take(backend: PostgresBackend, key: str, timeout: float | None = 3.0) -> Footing:
-    """Acquire `key` as a lock does, without Django."""
-    footing = Footing(None)
-    assert drive(Ownership(1000).enter(footing, lock_key(key), object(), None)) is None
-    assert footing.claim is not None
-    deadline = None if timeout is None else time.monotonic() + timeout
-    try:
-        assert drive(backend.acquire(footing.claim, lock_key(key), deadline, timeout))
-    except BaseException:
-        footing.drop()
-        raise
-    return footing
+def enter(claims: Ownership, footing: Footing, key: LockKey, owner: object) -> Steps[Claim | None]:
+    """Queue for `key` as a lock does."""
+    return claims.enter(footing, Request((key,)), owner)
 
 
 # In this process.
@@ -76,11 +66,12 @@ def test_two_keys_of_one_number_are_refused(owner: str) -> None:
     claims = Ownership(10)
     me = object()
     held = Footing(None)
-    assert drive(claims.enter(held, LockKey("one", 7), me, None)) is None
+    assert drive(enter(claims, held, LockKey("one", 7), me)) is None
+    claims.confirm(held)
 
     with pytest.raises(ConfigurationError, match="'one' and 'two' have the same number 7"):
-        drive(claims.enter(Footing(None), LockKey("two", 7), me if owner == "the same" else object(), None))
-    held.drop()
+        drive(enter(claims, Footing(None), LockKey("two", 7), me if owner == "the same" else object()))
+    claims.leave(held.claims[0])
     assert claims.find(LockKey("one", 7), me) is None
 
 
@@ -102,28 +93,6 @@ def test_a_callback_of_the_loop_is_no_task() -> None:
     assert asyncio.run(owner()) is threading.current_thread()
 
 
-def test_a_waiter_that_was_interrupted_as_it_left_inherits_nothing() -> None:
-    """Between the lines of `leave`: it says that it is gone, and stands in the queue still."""
-    claims = Ownership(10)
-    key = LockKey("one", 7)
-    footings = [Footing(None) for _ in range(3)]
-    first, *others = (claims.enter(footing, key, object(), None) for footing in footings)
-    assert drive(first) is None
-    for waiting in others:
-        next(waiting)
-    gone, heir = footings[1].claim, footings[2].claim
-    assert gone is not None
-    assert heir is not None
-    gone.gone = True
-
-    footings[0].drop()
-    assert not gone.gate.wait(0)
-    assert heir.gate.wait(0)
-    with pytest.raises(StopIteration):
-        next(others[1])
-    assert claims.find(key, heir.owner) is heir
-
-
 def test_a_gate_may_be_opened_twice() -> None:
     gate = ThreadGate()
     gate.open()
@@ -138,15 +107,6 @@ def test_a_released_lock_says_so() -> None:
     with pytest.raises(LockNotHeld, match="not held any more"):
         held.check()
     assert repr(lock("one")) == "<Lock 'one'>"
-
-
-def test_async_with_is_refused() -> None:
-    async def enter() -> None:
-        async with lock("one"):
-            pytest.fail("not in this release")
-
-    with pytest.raises(ConfigurationError, match="async with"):
-        asyncio.run(enter())
 
 
 def test_a_forgotten_lock_ends_its_session(store: LockStore) -> None:
@@ -168,12 +128,27 @@ def test_a_works_name_fits_into_the_sessions() -> None:
 # The pool.
 
 
-def test_the_pool_keeps_pool_size_sessions(store: LockStore) -> None:
+def test_the_pool_keeps_pool_size_sessions(store: LockStore, rival: Rival) -> None:
+    """Those who wait have more, for as long as they wait and hold."""
     configure(pool_size=2)
-    held = [lock(f"key {number}").acquire() for number in range(4)]
-    assert store.sessions() == 4
-    for one in held:
-        one.release()
+    keys = [f"key {number}" for number in range(4)]
+    for key in keys:
+        rival.hold(key)
+    done = threading.Event()
+
+    def work(key: str) -> None:
+        with lock(key, timeout=None):
+            done.wait(LIMIT)
+
+    threads = [threading.Thread(target=work, args=[key]) for key in keys]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: store.waiting() == len(keys))
+    rival.let_go()
+    wait_for(lambda: store.sessions() == len(keys) and store.waiting() == 0)
+    done.set()
+    for thread in threads:
+        thread.join()
 
     wait_for(lambda: store.sessions() == 2)
 
@@ -195,14 +170,14 @@ def test_an_idle_session_ends_after_pool_idle(store: LockStore) -> None:
 def test_a_full_lock_table_is_a_capacity_error() -> None:
     settings = {"max_locks_per_transaction": "10", "max_connections": "10", "max_wal_senders": "0"}
     with PostgresServer(settings) as server, psycopg.connect(server.dsn, autocommit=True) as greedy:
-        backend = backend_for(server.dsn)
-        footing = take(backend, "one")
-        assert footing.claim is not None
-        assert drive(backend.release(footing.claim, lock_key("one")))
+        backend = PostgresBackend(server.dsn, StoreOptions())
+        with lock("one", backend=backend):
+            pass
         with pytest.raises(psycopg.errors.OutOfMemory):
             greedy.execute("SELECT count(pg_advisory_lock(n)) FROM generate_series(1, 1000000) n")
-        with pytest.raises(LockCapacityError, match="max_locks_per_transaction"):
-            take(backend, "two")
+        with pytest.raises(LockCapacityError, match="max_locks_per_transaction"), lock("two", backend=backend):
+            pytest.fail("the body ran unguarded")
+        backend.close()
 
 
 def test_a_server_that_dies_under_a_waiter_is_unavailable() -> None:
@@ -212,8 +187,12 @@ def test_a_server_that_dies_under_a_waiter_is_unavailable() -> None:
         errors: list[BaseException] = []
 
         def wait() -> None:
-            with pytest.raises(LockUnavailable, match="'one' was not acquired") as caught:
-                take(backend_for(server.dsn), "one", None)
+            backend = PostgresBackend(server.dsn, StoreOptions())
+            with (
+                pytest.raises(LockUnavailable, match="'one' was not acquired") as caught,
+                lock("one", timeout=None, backend=backend),
+            ):
+                pytest.fail("two holders")
             errors.append(caught.value)
 
         waiter = threading.Thread(target=wait)
@@ -265,7 +244,7 @@ def test_a_stopped_holder_of_the_session_does_not_block_discard(dsn: str) -> Non
     os.kill(session.pid, signal.SIGSTOP)
     try:
         started = time.monotonic()
-        session.discard()
+        drive(session.end())
         assert time.monotonic() - started < 1
     finally:
         os.kill(session.pid, signal.SIGCONT)

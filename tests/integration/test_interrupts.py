@@ -191,7 +191,7 @@ def test_an_asynchronous_exception_ends_a_wait_at_once(where: str, store: LockSt
     def waits() -> bool:
         if held is None:
             return store.waiting() == 1
-        return held._footing.claim is not None and bool(held._footing.claim.queue)
+        return held._space is not None and held._space.claims.waiting(held._keys[0]) == 1
 
     waiter = threading.Thread(target=wait)
     waiter.start()

@@ -9,7 +9,6 @@ import pytest
 
 from concurrency_safe import (
     ConfigurationError,
-    Guard,
     HeldLock,
     LockAcquireTimeout,
     LockLost,
@@ -149,8 +148,8 @@ def test_threads_of_one_process_exclude_each_other(store: LockStore) -> None:
 def test_threads_of_one_process_queue_in_order(store: LockStore) -> None:
     order: list[int] = []
     held = lock("one").acquire()
-    claim = held._footing.claim
-    assert claim is not None
+    space = held._space
+    assert space is not None
 
     def work(number: int) -> None:
         with lock("one", timeout=None):
@@ -159,7 +158,7 @@ def test_threads_of_one_process_queue_in_order(store: LockStore) -> None:
     threads = []
     for number in range(6):
         threads.append(in_thread(lambda number=number: work(number)))
-        wait_for(lambda: claim.queue is not None and len(claim.queue) == len(threads))
+        wait_for(lambda: space.claims.waiting(held._keys[0]) == len(threads))
     held.release()
     for thread in threads:
         thread.join()
@@ -318,17 +317,10 @@ def test_locks_can_be_switched_off(store: LockStore) -> None:
         assert store.rows() == 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"shared": True}, {"slots": 3}, {"backend": object()}, {"max_waiters": 1}],
-    ids=lambda o: next(iter(o)),
-)
-def test_what_is_not_in_this_release_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigurationError, match="not in this release"):
-        lock("one", **options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="not in this release"):
-        Guard("one", **options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="several keys"):
-        lock("one", "two")
+def test_what_can_not_be_is_refused_by_name() -> None:
+    with pytest.raises(ConfigurationError, match="slots=3 with 2 keys"):
+        lock("one", "two", slots=3)
+    with pytest.raises(ConfigurationError, match=r"is no lock store.*MemoryBackend"), lock("one", backend=object()):
+        pytest.fail("the body ran unguarded")
     with pytest.raises(ConfigurationError, match="needs a key"):
         lock()

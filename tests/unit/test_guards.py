@@ -34,7 +34,6 @@ class Shop:
 @pytest.mark.parametrize(
     ("fn", "says"),
     [
-        (later, "later is `async def`"),
         (generate, "generate is a generator function"),
         (generate_later, "generator function"),
         (Shop, "Shop is not a function.*method_decorator"),

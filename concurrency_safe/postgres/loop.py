@@ -1,0 +1,92 @@
+"""The loop that drives a rule for an asyncio task: where the rule waits, the event loop goes on.
+
+Cancellation arrives at the wait; the rule is closed then, and what it left is undone by `finish`, which a further
+cancellation does not stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from concurrency_safe.core.steps import READ, WRITE, CallWait, GateWait, Steps, Wait
+
+if TYPE_CHECKING:
+    from typing import Any
+
+_T = TypeVar("_T")
+
+#: Clean-ups under way; kept, since an event loop has weak references to its tasks only.
+_finishing: set[asyncio.Future[Any]] = set()
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Give the event loop that runs in this thread, or None."""
+    return asyncio._get_running_loop()  # noqa: SLF001 - documented as public for this purpose, and never raises
+
+
+async def adrive(steps: Steps[_T]) -> _T:
+    """Run `steps` to its end, letting other tasks run where it waits.
+
+    Raises: whatever the rule raises, and CancelledError. The rule is closed then; its clean-up must not wait again.
+    """
+    try:
+        want = next(steps)
+        while True:
+            want = steps.send(await _wait(want))
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+    finally:
+        steps.close()
+
+
+async def finish(steps: Steps[None]) -> None:
+    """Run a clean-up to its end, also when the task is cancelled once more meanwhile."""
+    task = asyncio.ensure_future(adrive(steps))
+    _finishing.add(task)
+    task.add_done_callback(_finishing.discard)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+async def _wait(want: Wait) -> bool:
+    """Wait until `want` is there (True), or its time has passed (False)."""
+    loop = asyncio.get_running_loop()
+    if isinstance(want, CallWait):
+        await loop.run_in_executor(None, want.call)
+        return True
+    left = None if want.until is None else max(0.0, want.until - time.monotonic())
+    if isinstance(want, GateWait):
+        return bool(await want.gate.wait(3600.0 if left is None else left))
+    ready: asyncio.Future[bool] = loop.create_future()
+    timer = None if left is None else loop.call_later(left, partial(_set, ready, came=False))
+    if want.events & READ:
+        loop.add_reader(want.fd, partial(_set, ready, came=True))
+    if want.events & WRITE:
+        loop.add_writer(want.fd, partial(_set, ready, came=True))
+    try:
+        return await ready
+    finally:
+        if timer is not None:
+            timer.cancel()
+        with contextlib.suppress(ValueError, OSError):  # the socket was closed meanwhile
+            loop.remove_reader(want.fd)
+            loop.remove_writer(want.fd)
+
+
+def _set(ready: asyncio.Future[bool], *, came: bool) -> None:
+    if not ready.done():
+        ready.set_result(came)

@@ -1,0 +1,121 @@
+"""One watcher per process sees that a session was cut, without a query, while the bodies run.
+
+Where the system can tell the end of a stream from data (epoll's EPOLLRDHUP), a thread sleeps until a server hangs up;
+elsewhere (macOS, gevent) it looks at the idle sessions twenty times a second. A network that just falls silent says
+nothing at all: holders' sessions are asked for a sign of life when they have had no traffic for `HEARTBEAT` seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from concurrency_safe.gates import ThreadGate
+
+from .protocol import ServerGoneError, ServerRefusedError
+from .session import HEARTBEAT, LockSession
+from .waiting import drive
+
+if TYPE_CHECKING:
+    from .pool import SessionPool
+
+logger = logging.getLogger("concurrency_safe")
+
+#: Seconds between two looks: for signs of life with epoll, at the sockets themselves without it.
+LOOK_WITH_EPOLL, LOOK = 1.0, 0.05
+
+
+class _Watcher:
+    """Uses sessions as a borrower does, when nobody else does."""
+
+    work: str | None = None
+    home: Any = None
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.session: Any = None
+        self.gate = ThreadGate()
+        self.sessions: dict[int, tuple[weakref.ref[LockSession], SessionPool]] = {}
+        self.epoll = select.epoll() if hasattr(select, "epoll") else None
+        self.thread = threading.Thread(target=self.run, name="concurrency_safe watcher", daemon=True)
+
+    def add(self, session: LockSession, pool: SessionPool) -> None:
+        fd = session.pgconn.socket
+        self.sessions[fd] = (weakref.ref(session), pool)
+        if self.epoll is not None:
+            events = select.EPOLLRDHUP | select.EPOLLONESHOT
+            try:
+                self.epoll.register(fd, events)
+            except FileExistsError:
+                self.epoll.modify(fd, events)
+
+    def run(self) -> None:
+        while True:
+            try:
+                self.look()
+            except Exception:
+                logger.exception("the watcher of lock sessions failed, and goes on")
+
+    def look(self) -> None:
+        if self.epoll is None:
+            _pause.wait(LOOK)
+            suspects = list(self.sessions)
+        else:
+            suspects = [fd for fd, _ in self.epoll.poll(LOOK_WITH_EPOLL)]
+        for fd in suspects:
+            self.inspect(fd)
+        due = time.monotonic() - HEARTBEAT
+        for fd, entry in list(self.sessions.items()):
+            session, pool = entry[0](), entry[1]
+            if session is None or session.dead:
+                if self.sessions.get(fd) is entry:  # the number may be another session's by now
+                    del self.sessions[fd]
+            elif session.held and session.used_at < due:
+                self.ask(session, pool)
+
+    def inspect(self, fd: int) -> None:
+        reference, pool = self.sessions.get(fd, (None, None))
+        session = reference() if reference is not None else None
+        if session is None or pool is None:
+            return
+        with pool.mutex:
+            # In use, its user hears of the end by itself; with epoll this is the end in any case.
+            lost = not session.dead and (session.is_dead() if session.user is None else self.epoll is not None)
+        if lost:
+            pool.forget(session)
+
+    def ask(self, session: LockSession, pool: SessionPool) -> None:
+        with pool.mutex:
+            if session.user is not None or session.dead:
+                return
+            self.session = session
+            session.user = self
+        try:
+            drive(session.beat())
+            drive(pool.free(self))
+        except (ServerGoneError, ServerRefusedError):
+            session.dead = True
+            session.user = None
+            self.session = None
+            pool.forget(session)
+
+
+_pause = threading.Event()  # never set
+_watcher: _Watcher | None = None
+
+
+def watch(session: LockSession, pool: SessionPool) -> None:
+    """Let the watcher of this process look after `session`; it is started with the first one."""
+    global _watcher  # noqa: PLW0603 - one a process
+    if _watcher is None or _watcher.pid != os.getpid():
+        fresh = _Watcher()
+        _watcher = fresh
+        fresh.add(session, pool)
+        fresh.thread.start()
+    else:
+        _watcher.add(session, pool)
