@@ -1,7 +1,6 @@
 """The lock options of a task: found, checked, and made into a `Guard`.
 
-Celery makes any option that it doesn't know an attribute without effect. A mistyped one would silently widen or lose
-the lock, so what looks like one is refused, with the right name.
+Celery makes any option that it doesn't know an attribute without effect, so what looks like one of ours is refused.
 """
 
 from __future__ import annotations
@@ -9,24 +8,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from concurrency_safe.core.adapter_options import OPTIONS, refuse_mistaken, refuse_without_key
 from concurrency_safe.core.errors import ConfigurationError, KeyTemplateError
-from concurrency_safe.core.suggest import nearest
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.guards import Guard
-
-#: The options of a guarded task, with their defaults (see `ConcurrencySafeMixin`).
-OPTIONS = ("lock_key", "lock_timeout", "lock_shared", "lock_slots", "on_conflict")
-
-#: What people write for them, from lock() and from other libraries.
-MISTAKEN = {
-    "key": "lock_key",
-    "once": "lock_key",
-    "unique_on": "lock_key",
-    "timeout": "lock_timeout",
-    "shared": "lock_shared",
-    "slots": "lock_slots",
-    "scope": "lock_key alone: a task's lock is held while its body runs",
-}
 
 
 def task_name(task: Any) -> str:
@@ -66,23 +51,10 @@ def refuse_mistakes(task: Any, base: type) -> None:
 
     Raises: ConfigurationError.
     """
-    declared = {name for cls in _own_classes(task, base) for name in vars(cls)}
-    for name in sorted(declared - set(OPTIONS)):
-        if name.startswith("lock_"):
-            raise ConfigurationError(
-                f"task {task_name(task)}: there is no option {name!r}{nearest(name, OPTIONS)}; {_known()}"
-            )
-        if name in MISTAKEN:
-            raise ConfigurationError(
-                f"task {task_name(task)}: the option {name!r} does nothing; use {MISTAKEN[name]}; {_known()}"
-            )
+    who = f"task {task_name(task)}"
+    refuse_mistaken(who, {name for cls in _own_classes(task, base) for name in vars(cls)})
     if read_key(task, base) is None:
-        useless = sorted(vars(type(task)).keys() & set(OPTIONS) - {"lock_key"})
-        if useless:
-            raise ConfigurationError(
-                f"task {task_name(task)}: {', '.join(useless)} without lock_key guards nothing; "
-                'add lock_key="name:{argument}", or lock_key=True for all arguments'
-            )
+        refuse_without_key(who, vars(type(task)))
 
 
 def unguarded_options(task: Any) -> list[str]:
@@ -109,7 +81,3 @@ def build(task: Any, base: type) -> tuple[Guard, KeyTemplate] | None:
         return guard, KeyTemplate(key, task.run, name=task_name(task))
     except (ConfigurationError, KeyTemplateError) as error:
         raise type(error)(f"task {task_name(task)}: {error}", error.key) from None
-
-
-def _known() -> str:
-    return f"the options are {', '.join(OPTIONS)}"

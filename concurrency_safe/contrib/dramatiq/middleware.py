@@ -1,0 +1,266 @@
+"""`ConcurrencySafeMiddleware`: the body of an actor runs while its lock is held, and only then.
+
+The guard is put around the actor's function when the actor is declared. Not into `before_process_message`: Dramatiq
+logs what a hook raises, and runs the actor all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from dramatiq.asyncio import async_to_sync
+from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
+from dramatiq.results import ResultFailure, ResultMissing
+
+from concurrency_safe.contrib.dramatiq import options, requeue
+from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
+from concurrency_safe.core.policies import Retry, Skip
+from concurrency_safe.core.templates import KeyTemplate
+from concurrency_safe.guards import DIRECT, Guard, Verbs
+from concurrency_safe.locks import current_work
+from concurrency_safe.postgres.inspect import describe_work
+from concurrency_safe.spaces import close_idle_sessions
+
+logger = logging.getLogger("concurrency_safe")
+
+#: The message that this thread processes, until its actor is entered.
+_arriving: ContextVar[Any] = ContextVar("concurrency_safe_message", default=None)
+
+#: The attribute of an actor's function that is guarded.
+_GUARDED = "concurrency_safe_body"
+
+
+class ConcurrencySafeMiddleware(Middleware):
+    """Guards actors by their `lock_key`.
+
+    Options of `@dramatiq.actor`, and of `send_with_options` for one message:
+        lock_key: A template over the body's arguments, a tuple of parts, a callable that gets the arguments (never
+            `self`), True (the actor's name and all arguments), or None: not guarded.
+        lock_timeout: Seconds to wait in the worker before `on_conflict` decides; 0 tries once; None waits for ever.
+        lock_shared: True: together with other readers.
+        lock_slots: Most holders at once.
+        on_conflict: "retry" (a copy goes to the queue, with a budget of its own), "skip", "raise", a policy value, or a
+            callable that gets the arguments and whose return value is the actor's result.
+    """
+
+    @property
+    def actor_options(self) -> set[str]:
+        """The options that actors may have."""
+        return set(options.DECLARABLE)
+
+    def before_declare_actor(self, broker: Any, actor: Any) -> None:
+        """Put the guard around the actor's function.
+
+        Raises: ActorOptionError, ActorKeyError: MiddlewareErrors, which end the declaration.
+        """
+        self._guard(broker, actor)
+
+    def after_declare_actor(self, broker: Any, actor: Any) -> None:
+        """Do the same for an actor that was there before this middleware. Dramatiq 1 gives its name."""
+        self._guard(broker, broker.get_actor(actor) if isinstance(actor, str) else actor)
+
+    def _guard(self, broker: Any, actor: Any) -> None:
+        fn, place = options.body_of(actor)
+        if not hasattr(fn, _GUARDED):
+            others = (one.actor_options for one in broker.middleware if not isinstance(one, ConcurrencySafeMiddleware))
+            setattr(*place, _Body(broker, actor, fn, frozenset().union(*others)).guarded())
+
+    def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Tell the actor's function which message it runs for."""
+        _arriving.set(message)
+
+    def after_process_message(self, broker: Any, message: Any, **_: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Forget it, where the actor was never entered."""
+        _arriving.set(None)
+
+    def after_skip_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Forget it, where the actor was never entered."""
+        _arriving.set(None)
+
+    def before_worker_boot(self, broker: Any, worker: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Make RabbitMQ confirm what it takes, since an original is acknowledged on the strength of its copy."""
+        if getattr(broker, "confirm_delivery", True) is False:
+            logger.info("RabbitMQ confirms each message that this worker sends: confirm_delivery is on")
+            broker.confirm_delivery = True
+        skips = logging.getLogger("dramatiq.worker.WorkerThread")
+        skips.removeFilter(_is_news)
+        skips.addFilter(_is_news)
+
+    def after_worker_shutdown(self, broker: Any, worker: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Close the sessions."""
+        close_idle_sessions()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop Dramatiq's warning that a message was skipped, where it was put back: that was said already, at INFO."""
+    args = record.args
+    return not (isinstance(args, tuple) and args and hasattr(args[0], requeue.PUT_BACK))
+
+
+class _Postponed(Exception):
+    """The policy says *retry*; carried out in the worker's thread, since an event loop must not wait for the broker."""
+
+    def __init__(self, policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> None:
+        super().__init__()
+        self.policy = policy
+        self.error = error
+
+
+class _MetItself(Exception):
+    """The lock is held for this very message: by a delivery that still runs, or an attempt that still unwinds."""
+
+    def __init__(self, conflict: LockAcquireTimeout) -> None:
+        super().__init__()
+        self.conflict = conflict
+
+
+class _HasRun(Exception):
+    """This is a copy of a message that has succeeded meanwhile."""
+
+
+class _Body:
+    """The function of one actor, and its guard."""
+
+    def __init__(self, broker: Any, actor: Any, fn: Callable[..., Any], foreign: frozenset[str]) -> None:
+        self._broker = broker
+        self._actor = actor
+        self._foreign = foreign
+        self._fn = fn
+        # Dramatiq has made an `async def` synchronous, and keeps it there.
+        inner = getattr(fn, "__wrapped__", None)
+        self._is_async = inspect.iscoroutinefunction(inner)
+        self._inner: Callable[..., Any] = inner if inner is not None and self._is_async else fn
+        self._options = options.declared(actor, foreign)
+        self._declared = options.build(actor, self._inner, self._options)
+
+    def guarded(self) -> Callable[..., Any]:
+        """Give the function that takes its place."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            message = _arriving.get()
+            if message is None or message.actor_name != self._actor.actor_name:
+                return self._call_directly(args, kwargs)
+            _arriving.set(None)  # what the body calls directly is no message
+            return self._process(message, args, kwargs)
+
+        functools.update_wrapper(guarded, self._fn)
+        setattr(guarded, _GUARDED, self)
+        return guarded
+
+    def _call_directly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._declared is None:
+            return self._fn(*args, **kwargs)
+        return self._call(self._declared, args, kwargs, DIRECT)
+
+    def _process(self, message: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = options.of_message(self._actor, message, self._foreign)
+        options_now = {**self._options, **given}
+        declared = options.build(self._actor, self._inner, options_now) if given else self._declared
+        if declared is None:
+            return self._fn(*args, **kwargs)
+        verbs = Verbs(_postpone, partial(_skip, message), partial(_meet, message, declared[0]))
+        work = current_work.set(message.message_id)
+        try:
+            return self._call(declared, args, kwargs, verbs, message if requeue.is_copy(message) else None)
+        except _Postponed as postponed:
+            self._disarm(message)
+            requeue.later(self._broker, message, postponed.policy, postponed.error)
+        except _MetItself as met:
+            self._disarm(message)
+            requeue.duplicate(self._broker, message, met.conflict)
+        except _HasRun:
+            requeue.drop(message)
+        finally:
+            self._disarm(message)
+            current_work.reset(work)
+
+    def _call(
+        self,
+        declared: tuple[Guard, KeyTemplate],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verbs: Verbs,
+        copy: Any = None,
+    ) -> Any:
+        """Run the body guarded. `copy`: the message, where it may have run already."""
+        guard, template = declared
+        if self._is_async:
+            return _in_loop(lambda: guard.arun_as(template, partial(self._arun_once, copy), args, kwargs, verbs))
+        return guard.run_as(template, partial(self._run_once, copy), args, kwargs, verbs)
+
+    def _run_once(self, copy: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if copy is not None:
+            self._refuse_second_run(copy)
+        return self._fn(*args, **kwargs)
+
+    async def _arun_once(self, copy: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if copy is not None:
+            await asyncio.to_thread(self._refuse_second_run, copy)
+        return await self._inner(*args, **kwargs)
+
+    def _refuse_second_run(self, message: Any) -> None:
+        """End a copy of a message whose result there is already. Without results that can't be known.
+
+        Raises: _HasRun.
+        """
+        try:
+            backend = self._broker.get_results_backend()
+            backend.get_result(message, block=False)
+        except (RuntimeError, ResultMissing, ResultFailure):
+            return
+        raise _HasRun
+
+    def _disarm(self, message: Any) -> None:
+        """Let nothing interrupt what Dramatiq does after the body.
+
+        An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445). Once the lock
+        is released, time limits and shutdown notices have nothing left to end.
+        """
+        for one in self._broker.middleware:
+            if isinstance(one, (TimeLimit, ShutdownNotifications)):
+                hooks: Any = one
+                hooks.after_process_message(self._broker, message)
+
+
+def _in_loop(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a coroutine in the event loop of Dramatiq's AsyncIO, whose lock lasts until it has ended, however late.
+
+    The loop's own task holds the lock, so that the body may enter it again.
+    """
+
+    async def contained() -> tuple[Any, TimeoutError | None]:
+        # Dramatiq 1 takes a coroutine's TimeoutError, which a conflict is, for its own, and waits for ever.
+        try:
+            return await call(), None
+        except TimeoutError as error:
+            return None, error
+
+    result, error = async_to_sync(contained)()
+    if error is not None:
+        raise error
+    return result
+
+
+def _postpone(policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:
+    raise _Postponed(policy, error)
+
+
+def _skip(message: Any, policy: Skip, conflict: LockAcquireTimeout) -> Any:
+    """Give the result of a skip. It is a result, since groups and pipelines end silently at a SkipMessage."""
+    logger.info("message %s of actor %s was skipped: %s", message.message_id, message.actor_name, conflict)
+    return policy.result
+
+
+def _meet(message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
+    """Never skip or fail for a conflict with oneself. An unknown holder may be that, unless the broker knows better."""
+    itself = describe_work(message.message_id) in (conflict.holder or "")
+    unknown = conflict.holder is None and getattr(message, "redelivered", True)
+    if itself or (unknown and not isinstance(guard.policy, Retry)):
+        raise _MetItself(conflict)

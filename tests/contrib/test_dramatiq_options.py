@@ -1,0 +1,311 @@
+"""Options of a guarded actor: a mistake stops the import, with the right name in its message."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import AsyncIO, Middleware
+
+from concurrency_safe import (
+    ConfigurationError,
+    KeyTemplateError,
+    LockAcquireTimeout,
+    Retry,
+    assert_locked,
+    current_lock,
+    lock,
+)
+from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware
+from tests.integration.conftest import Rival
+
+actor_of: Any = dramatiq.actor  # its overloads don't know fn and options together
+
+
+def held_key() -> str:
+    assert_locked()
+    held = current_lock()
+    assert held is not None
+    return held.keys[0]
+
+
+def declare(kind: str, broker: dramatiq.Broker | None = None, **options: Any) -> Any:
+    """Declare an actor `pay(user_id, amount=0)` of the given kind, on a broker of its own."""
+    mine = broker or a_broker()
+    if kind == "function":
+
+        def pay(user_id: int, amount: int = 0) -> str:
+            return held_key()
+
+        return actor_of(pay, broker=mine, **options)
+    if kind == "async":
+
+        async def apay(user_id: int, amount: int = 0) -> str:
+            return held_key()
+
+        return actor_of(apay, broker=mine, actor_name="pay", **options)
+
+    class Pay(dramatiq.GenericActor):
+        class Meta:
+            abstract = True
+
+        def perform(self, user_id: int, amount: int = 0) -> str:  # noqa: ARG002 - what keys are made of
+            return held_key()
+
+    meta = type("Meta", (), {"broker": mine, "actor_name": "pay", **options})
+    return types.new_class("PayNow", (Pay,), exec_body=lambda names: names.update(Meta=meta))
+
+
+def a_broker(*middleware: Middleware) -> StubBroker:
+    return StubBroker(middleware=[*middleware, ConcurrencySafeMiddleware()])
+
+
+KINDS = ["function", "async", "class"]
+
+MISTAKES = [
+    ({"lock_key": "pay:{uid}"}, r"actor pay: .*'pay:\{uid\}'.*'uid'.*'user_id', 'amount'"),
+    ({"lock_key": "pay:{}"}, "actor pay: .*by position"),
+    ({"lock_key": ""}, "actor pay: "),
+    ({"lock_key": 7}, "actor pay: key=7"),
+    ({"key": "pay:{user_id}"}, "actor pay: the option 'key' does nothing; use lock_key"),
+    ({"once": True}, "'once' does nothing; use lock_key"),
+    ({"unique_on": ["user_id"]}, "'unique_on' does nothing; use lock_key"),
+    ({"timeout": 3}, "'timeout' does nothing; use lock_timeout"),
+    ({"slots": 2}, "'slots' does nothing; use lock_slots"),
+    ({"shared": True}, "'shared' does nothing; use lock_shared"),
+    ({"scope": "session"}, "'scope' does nothing"),
+    ({"lock_timeout": 1}, "lock_timeout without lock_key guards nothing"),
+    ({"on_conflict": "skip"}, "on_conflict without lock_key guards nothing"),
+    ({"lock_key": "pay:{user_id}", "lock_timeout": -1}, "actor pay: .*timeout=-1"),
+    ({"lock_key": "pay:{user_id}", "lock_slots": 0}, "actor pay: .*slots=0"),
+    ({"lock_key": "pay:{user_id}", "on_conflict": "retri"}, "did you mean 'retry'"),
+    ({"lock_key": "pay:{user_id}", "on_conflict": dramatiq.errors.Retry}, "not the Retry of concurrency_safe"),
+]
+
+
+def first(value: object) -> str:
+    return ",".join(value) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("options", "says"), MISTAKES, ids=first)
+def test_a_mistake_ends_the_declaration(kind: str, options: dict[str, Any], says: str) -> None:
+    broker = a_broker()
+    with pytest.raises((ConfigurationError, KeyTemplateError), match=says):
+        declare(kind, broker, **options)
+
+    assert broker.actors == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mistake_is_found_by_a_middleware_that_is_added_late(kind: str) -> None:
+    class Others(Middleware):
+        @property
+        def actor_options(self) -> set[str]:
+            return {"lock_key"}
+
+    broker = StubBroker(middleware=[Others()])
+    declare(kind, broker, lock_key="pay:{uid}")
+    with pytest.raises(KeyTemplateError, match=r"actor pay: .*'uid'"):
+        broker.add_middleware(ConcurrencySafeMiddleware())
+
+
+def test_an_async_perform_is_refused_since_nobody_would_await_it() -> None:
+    async def perform(self: Any, user_id: int) -> None: ...
+
+    meta = type("Meta", (), {"broker": a_broker(), "lock_key": True})
+    with pytest.raises(ConfigurationError, match="never awaits"):
+        types.new_class(
+            "Pay", (dramatiq.GenericActor,), exec_body=lambda names: names.update(Meta=meta, perform=perform)
+        )
+
+
+def test_an_option_of_another_middleware_is_its_own() -> None:
+    class Others(Middleware):
+        @property
+        def actor_options(self) -> set[str]:
+            return {"timeout", "lock_colour"}
+
+    actor = declare("function", a_broker(Others()), lock_key="pay:{user_id}", timeout=3, lock_colour="red")
+    assert actor.options["timeout"] == 3
+
+
+@pytest.fixture
+def loop() -> Any:
+    """Run the event loop that Dramatiq starts in a worker."""
+    asyncio_middleware: Any = AsyncIO()
+    asyncio_middleware.before_worker_boot(None, None)
+    yield
+    asyncio_middleware.after_worker_shutdown(None, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("pay:{user_id}", "pay:7"),
+        (("pay", "{user_id}"), "(pay/7)"),
+        (lambda user_id, amount=0: f"{user_id}-{amount}", "7-0"),
+        (True, 'pay{"amount":0,"user_id":7}'),
+    ],
+    ids=["template", "tuple", "callable", "True"],
+)
+def test_direct_calls_take_the_lock(kind: str, key: Any, text: str, rival: Rival, loop: None) -> None:
+    actor = declare(kind, lock_key=key)
+    assert actor(7) == text
+
+    rival.hold(("pay", "7") if isinstance(key, tuple) else text)
+    with pytest.raises(LockAcquireTimeout, match="is held by"):
+        actor(7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_key_nothing_is_held(kind: str, loop: None) -> None:
+    with pytest.raises(Exception, match="no lock is held here"):
+        declare(kind)(7)
+
+
+@pytest.mark.parametrize("kind", ["function", "async"])
+def test_the_function_is_dressed_as_it_was(kind: str) -> None:
+    actor = declare(kind, lock_key=True)
+    assert actor.fn.__name__ in {"pay", "apay"}
+    assert actor.fn.__wrapped__ is not None
+
+
+def test_a_key_error_is_the_calls_own(rival: Rival) -> None:
+    actor = declare("function", lock_key="pay:{user_id}")
+    with pytest.raises(KeyTemplateError, match="None"):
+        actor(None)
+    with pytest.raises(TypeError, match="user_id"):
+        actor()
+
+
+def test_an_async_body_enters_its_own_lock_again(rival: Rival, loop: None) -> None:
+    async def pay(user_id: int) -> bool:
+        async with lock(f"pay:{user_id}", timeout=0) as held:
+            return held.is_active
+
+    assert actor_of(pay, broker=a_broker(), lock_key="pay:{user_id}")(7)
+
+
+# Messages, processed by worker threads of this process.
+
+
+def process(broker: StubBroker, message: Any) -> list[dramatiq.Message[Any]]:
+    """Let a worker process what is in the queues; give the dead letters."""
+    worker = dramatiq.Worker(broker, worker_threads=2, worker_timeout=50)
+    worker.start()
+    try:
+        broker.enqueue(message)
+        broker.join("default", fail_fast=False, timeout=20_000)
+        worker.join()
+    finally:
+        worker.stop()
+    return [dramatiq.Message.decode(one.encode()) for one in broker.dead_letters]
+
+
+def noting(seen: list[Any]) -> Callable[..., None]:
+    def note(user_id: int) -> None:
+        held = current_lock()
+        seen.append(held and held.keys[0])
+
+    return note
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({}, ["pay:7"]),
+        ({"lock_key": "refund:{user_id}"}, ["refund:7"]),
+        ({"lock_key": ["refund", "{user_id}"]}, ["(refund/7)"]),
+        ({"lock_key": True}, ['note{"user_id":7}']),
+        ({"lock_shared": True}, ["pay:7"]),
+    ],
+    ids=first,
+)
+def test_a_message_may_have_options_of_its_own(options: dict[str, Any], keys: list[str], rival: Rival) -> None:
+    broker, seen = a_broker(), list[Any]()
+    actor = actor_of(noting(seen), broker=broker, lock_key="pay:{user_id}")
+
+    assert process(broker, actor.message_with_options(args=(7,), **options)) == []
+    assert seen == keys
+
+
+def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
+    broker, seen = a_broker(), list[Any]()
+    actor = actor_of(noting(seen), broker=broker)
+
+    process(broker, actor.message_with_options(args=(7,), lock_key="pay:{user_id}"))
+    process(broker, actor.message(7))
+    assert seen == ["pay:7", None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lock_key": "pay:{uid}"},
+        {"lock_key": None},
+        {"lock_kee": "pay:{user_id}"},
+        {"lock_timeout": "soon"},
+        {"on_conflict": "retri"},
+    ],
+    ids=first,
+)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_mistake_in_a_message_never_runs_the_body(options: dict[str, Any], guarded: object, rival: Rival) -> None:
+    broker, seen = StubBroker(middleware=[dramatiq.middleware.Retries()]), list[Any]()
+    broker.add_middleware(ConcurrencySafeMiddleware())
+    actor = actor_of(noting(seen), broker=broker, max_retries=0, **({"lock_key": "pay:{user_id}"} if guarded else {}))
+
+    (dead,) = process(broker, actor.message_with_options(args=(7,), **options))
+    assert dead.args == (7,)
+    assert seen == []
+
+
+def test_a_conflict_of_a_lock_inside_the_body_is_the_bodys_own_error(rival: Rival) -> None:
+    broker = StubBroker(middleware=[dramatiq.middleware.Retries()])
+    broker.add_middleware(ConcurrencySafeMiddleware())
+    ran = []
+
+    def pay(user_id: int) -> None:
+        ran.append(user_id)
+        with lock("inner", timeout=0):
+            raise AssertionError
+
+    actor = actor_of(pay, broker=broker, max_retries=0, lock_key=True, on_conflict=Retry(delay=0, max_delay=0))
+    rival.hold("inner")
+    (dead,) = process(broker, actor.message(7))
+    assert dead.args == (7,)
+    assert ran == [7]
+
+
+MODULE = """
+import dramatiq
+from dramatiq.brokers.stub import StubBroker
+from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware
+broker = StubBroker()
+broker.add_middleware(ConcurrencySafeMiddleware())
+dramatiq.set_broker(broker)
+
+@dramatiq.actor(lock_key="pay:{uid}")
+def pay(user_id): ...
+"""
+
+
+def test_a_worker_with_a_mistake_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "bad_actors.py").write_text(MODULE)
+    command = [sys.executable, "-m", "dramatiq", "bad_actors", "--path", str(tmp_path), "--processes", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=50)
+
+    assert ran.returncode != 0
+    assert "actor pay: key template 'pay:{uid}'" in ran.stderr
+    assert "ready for action" not in ran.stderr
