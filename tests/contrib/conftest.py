@@ -35,21 +35,14 @@ SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid 
 """
 
 
-class Workers:
-    """Celery worker processes, with the database and the queue that they share with the test."""
+class Fleet:
+    """Worker processes of some framework, and the database that they share with the test."""
 
-    def __init__(self, dsn: str, log_dir: Path, broker: str = BROKER) -> None:
-        self.broker = broker
-        self.connection = app.connection_for_write(broker)
-        self.queue = f"tests_{uuid.uuid4().hex[:8]}"
+    def __init__(self, dsn: str, log_dir: Path) -> None:
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"},
             "DATABASE_URL": dsn,
-            "CELERY_QUEUE": self.queue,
-            "TESTS_BROKER_URL": broker,
-            "TESTS_RESULT_URL": BROKER,
         }
-        self.use()
         self.log_dir = log_dir
         self.started: list[subprocess.Popen[bytes]] = []
         self.store = LockStore(dsn)
@@ -59,32 +52,15 @@ class Workers:
             "CREATE TABLE IF NOT EXISTS gate ()"
         )
 
-    def use(self) -> None:
-        """Let what this process sends go to these workers."""
-        app.conf.task_default_queue = self.queue
-
-    def start(self, concurrency: int = 4, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a worker; wait until it takes tasks."""
-        name = f"w{len(self.started)}-{uuid.uuid4().hex[:6]}@test"
-        command = [sys.executable, "-m", "celery", "-A", "tests.contrib.celery_tasks", "worker", "-n", name]
-        command += ["-c", str(concurrency), "--loglevel", "INFO", "--without-gossip", "--without-mingle", *arguments]
+    def launch(self, name: str, command: list[str], ready: str) -> subprocess.Popen[bytes]:
+        """Start a worker; wait until it says in its log that it is `ready`."""
         log_file = self.log_dir / f"{name}.log"
         with log_file.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
         self.started.append(process)
-        wait_for(lambda: process.poll() is not None or f"{name} ready." in log_file.read_text(), 30)
+        wait_for(lambda: process.poll() is not None or ready in log_file.read_text(), 30)
         assert process.poll() is None, self.logs()
         return process
-
-    def children(self) -> set[str]:
-        """Give the pids of the last worker's pool."""
-        pid = self.started[-1].pid
-        return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-
-    def send(self, task: Any, *args: object, **options: object) -> AsyncResult[Any]:
-        """Send a task by these workers' own broker."""
-        result: AsyncResult[Any] = task.apply_async(args, connection=self.connection, **options)
-        return result
 
     def count(self, query: str, *params: object) -> int:
         row = self.store.connection.execute(query, params).fetchone()
@@ -138,9 +114,45 @@ class Workers:
 
     def stop(self) -> None:
         self.end()
-        self.connection.release()
         self.store.connection.close()
         self.rival.connection.close()
+
+
+class Workers(Fleet):
+    """Celery's."""
+
+    def __init__(self, dsn: str, log_dir: Path, broker: str = BROKER) -> None:
+        super().__init__(dsn, log_dir)
+        self.broker = broker
+        self.connection = app.connection_for_write(broker)
+        self.queue = f"tests_{uuid.uuid4().hex[:8]}"
+        self.environment |= {"CELERY_QUEUE": self.queue, "TESTS_BROKER_URL": broker, "TESTS_RESULT_URL": BROKER}
+        self.use()
+
+    def use(self) -> None:
+        """Let what this process sends go to these workers."""
+        app.conf.task_default_queue = self.queue
+
+    def start(self, concurrency: int = 4, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a worker; wait until it takes tasks."""
+        name = f"w{len(self.started)}-{uuid.uuid4().hex[:6]}@test"
+        command = [sys.executable, "-m", "celery", "-A", "tests.contrib.celery_tasks", "worker", "-n", name]
+        command += ["-c", str(concurrency), "--loglevel", "INFO", "--without-gossip", "--without-mingle", *arguments]
+        return self.launch(name, command, f"{name} ready.")
+
+    def children(self) -> set[str]:
+        """Give the pids of the last worker's pool."""
+        pid = self.started[-1].pid
+        return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+    def send(self, task: Any, *args: object, **options: object) -> AsyncResult[Any]:
+        """Send a task by these workers' own broker."""
+        result: AsyncResult[Any] = task.apply_async(args, connection=self.connection, **options)
+        return result
+
+    def stop(self) -> None:
+        super().stop()
+        self.connection.release()
 
 
 @contextlib.contextmanager
