@@ -37,7 +37,13 @@ RESULTS = RedisBackend(url=f"{REDIS}?socket_timeout=60")
 
 def connect(url: str) -> Any:
     """Make a broker at `url`."""
-    middleware: list[Any] = [AgeLimit(), TimeLimit(interval=50), ShutdownNotifications(), Callbacks(), Pipelines()]
+    middleware: list[Any] = [
+        AgeLimit(),
+        TimeLimit(interval=int(os.environ.get("LIMIT_INTERVAL", "50"))),
+        ShutdownNotifications(),
+        Callbacks(),
+        Pipelines(),
+    ]
     middleware += [
         Retries(min_backoff=100, max_backoff=300),
         GroupCallbacks(Limits(url=REDIS)),
@@ -288,3 +294,30 @@ async def awaits(key: str) -> str:
 @actor(lock_key="none:{key}", store_results=True, max_retries=1, on_conflict="raise")
 def misses(key: str | None) -> None:
     note("misses", key)
+
+
+@actor(lock_key="tiny:{number}", store_results=True, max_retries=0)
+def tiny(number: int) -> int:
+    return number
+
+
+@actor(lock_key="brief:{key}", lock_timeout=None, store_results=True, max_retries=0)
+def brief(key: str, seconds: float) -> str:
+    """Work in small steps, so that an interrupt comes through."""
+    for _ in range(round(seconds * 1000)):
+        _never.wait(0.001)
+    return key
+
+
+@actor(store_results=True)
+def at_gate(number: int) -> int:
+    """Wait until the test opens the gate."""
+    note("at_gate", number)
+    write("SELECT FROM gate")
+    return number
+
+
+@actor(lock_key="one:{key}", lock_timeout=1.5, on_conflict=SOON, store_results=True, max_retries=0)
+def stubborn(key: str) -> str:
+    note("stubborn", key)
+    return key

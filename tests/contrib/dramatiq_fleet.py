@@ -35,6 +35,7 @@ class Workers(Fleet):
         self.url = url or broker_url()
         self.broker: Any = dramatiq_actors.connect(self.url) if url else dramatiq_actors.broker
         self.queue = f"tests_{uuid.uuid4().hex[:8]}"
+        self.broker.confirm_delivery = True  # RabbitMQ keeps what it has confirmed
         self.broker.declare_queue(self.queue)
         self.environment |= {
             "DRAMATIQ_QUEUE": self.queue,

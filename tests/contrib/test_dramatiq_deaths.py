@@ -1,0 +1,230 @@
+"""What happens to guarded actors when something dies: a worker, the broker, the lock store, or the actor's time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from dramatiq.errors import BrokerError
+from dramatiq.results import ResultFailure
+from redis.exceptions import RedisError
+
+from concurrency_safe.testing import PostgresServer, ValkeyServer
+from tests.contrib import dramatiq_actors as actors
+from tests.contrib.conftest import new_database
+from tests.contrib.dramatiq_fleet import Workers, amqp_url
+from tests.integration.conftest import wait_for
+from tests.servers.rabbitmq import RabbitMQServer, needs_rabbitmq
+
+pytestmark = pytest.mark.timeout(180)
+
+BROKERS = ["redis", pytest.param("rabbitmq", marks=needs_rabbitmq)]
+
+
+@contextlib.contextmanager
+def crew_of_its_own(log_dir: Path, url: str | None = None, **environment: str) -> Iterator[Workers]:
+    """Give workers yet to be started, in a database that nobody else uses."""
+    with new_database() as dsn:
+        own = Workers(dsn, log_dir, url)
+        own.environment |= environment
+        try:
+            yield own
+        finally:
+            for process in own.started:  # how it ends is no question here
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            own.stop()
+
+
+@pytest.fixture
+def own_crew(tmp_path: Path) -> Iterator[Workers]:
+    with crew_of_its_own(tmp_path, LIMIT_INTERVAL="5") as own:
+        yield own
+
+
+@pytest.fixture(params=BROKERS)
+def redelivering_crew(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
+    """Give workers whose broker delivers a message again when its worker has been silent for some seconds."""
+    url = f"{amqp_url()}?heartbeat=2" if request.param == "rabbitmq" else None
+    with crew_of_its_own(tmp_path, url, HEARTBEAT_TIMEOUT="2000") as own:
+        yield own
+
+
+def holder(crew: Workers, actor: str) -> int:
+    """Wait until `actor` runs; give the pid of its process."""
+    wait_for(lambda: crew.runs(f"{actor} began") == 1)
+    return int(crew.keys(f"{actor} began")[0].split()[1])
+
+
+def test_a_killed_process_frees_its_locks_and_each_message_completes_once(redelivering_crew: Workers) -> None:
+    crew = redelivering_crew
+    crew.start(1, 3)
+    names = ("sleeps", "sleeps_or_skips", "sleeps_or_raises")
+    sent = {name: crew.send(getattr(actors, name), name, 1) for name in names}
+    pids = {holder(crew, name) for name in names}
+    assert not crew.rival.is_free("slow:sleeps")
+
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: all(crew.rival.is_free(f"slow:{name}") for name in names), 1.0)
+    crew.start(1, 3)
+
+    for name, one in sent.items():
+        assert crew.result(one) == name
+        assert crew.runs(name) == 1
+        assert crew.runs(f"{name} began") == 2
+    wait_for(lambda: crew.queued() == 0)
+
+
+def test_a_message_that_meets_itself_is_never_skipped(redelivering_crew: Workers) -> None:
+    """The holder is silent for so long that the broker gives its message to another worker; then it dies."""
+    crew = redelivering_crew
+    crew.start(1, 2)
+    names = ("sleeps_or_skips", "sleeps_or_raises")
+    sent = {name: crew.send(getattr(actors, name), name, 1) for name in names}
+    pids = {holder(crew, name) for name in names}
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    crew.start(1, 2)
+    for one in sent.values():
+        wait_for(lambda one=one: f"message {one.message_id} of" in crew.logs(), 40)  # type: ignore[misc]
+        assert f"{one.message_id} of actor" in crew.logs()
+    assert crew.logs().count("it runs already, or did just now") >= len(names)
+    other = crew.send(actors.sleeps_or_skips, "sleeps_or_skips", 1)
+    assert crew.result(other) is None
+
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for name, one in sent.items():
+        assert crew.result(one) == name
+        assert crew.runs(name) == 1
+    wait_for(lambda: crew.queued() == 0)
+
+
+def test_a_copy_whose_message_has_succeeded_meanwhile_does_not_run_again(tmp_path: Path) -> None:
+    with crew_of_its_own(tmp_path, HEARTBEAT_TIMEOUT="2000") as crew:
+        crew.start(1, 2)
+        sent = crew.send(actors.sleeps, "a", 2)
+        pid = holder(crew, "sleeps")
+        os.kill(pid, signal.SIGSTOP)
+        crew.start(1, 2)
+        wait_for(lambda: "it runs already" in crew.logs(), 30)
+        os.kill(pid, signal.SIGCONT)
+
+        assert crew.result(sent) == "a"
+        wait_for(lambda: f"message {sent.message_id} has run already; this copy of it ends" in crew.logs(), 30)
+        assert crew.runs("sleeps") == 1
+        assert crew.result(sent) == "a"
+        wait_for(lambda: crew.queued() == 0)
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+def test_a_broker_that_is_gone_when_a_message_goes_back_loses_and_runs_nothing(kind: str, tmp_path: Path) -> None:
+    server = RabbitMQServer() if kind == "rabbitmq" else ValkeyServer({"appendonly": "yes", "appendfsync": "always"})
+    with server:
+        url = server.url.removesuffix("//") + ("/%2F" if kind == "rabbitmq" else "")
+        with crew_of_its_own(tmp_path, url) as crew:
+            crew.start(1, 2)
+            crew.rival.hold("one:a")
+            sent = crew.send(actors.stubborn, "a")
+            wait_for(lambda: crew.store.waiting() == 1)
+            server.kill()
+            wait_for(lambda: crew.logs().count(f"message {sent.message_id} could not be put back") == 3)
+            server.start()
+            assert crew.runs("stubborn") == 0
+            wait_for(lambda: _settled(crew), 40)
+            crew.rival.let_go()
+
+            wait_for(lambda: crew.runs("stubborn") >= 1 or crew.dead() == 1, 40)
+            wait_for(lambda: crew.queued() == 0, 40)
+            assert crew.runs("stubborn") + crew.dead() == 1
+
+
+def _settled(crew: Workers) -> bool:
+    try:
+        return crew.dead() + crew.queued() > 0 or crew.store.waiting() > 0
+    except (BrokerError, RedisError):
+        return False
+
+
+def test_a_store_that_is_away_never_lets_a_body_run_and_loses_no_message(tmp_path: Path) -> None:
+    with PostgresServer() as server:
+        crew = Workers(server.dsn, tmp_path)
+        try:
+            crew.start(1, 4)
+            assert crew.result(crew.send(actors.guarded, "before", 0)) == 0
+            crew.store.connection.close()
+            crew.rival.connection.close()
+            server.kill()
+
+            sent = [crew.send(kind, "a", number) for number in range(3) for kind in (actors.guarded, actors.aguarded)]
+            failing = crew.send(actors.raising, "a")
+            wait_for(lambda: all(f"message {one.message_id} of actor" in crew.logs() for one in sent))
+            with pytest.raises(ResultFailure, match="LockUnavailable"):
+                crew.result(failing)
+            assert crew.dead() == 1
+
+            server.start()
+            assert [crew.result(one) for one in sent] == [0, 0, 1, 1, 2, 2]
+            with psycopg.connect(server.dsn, autocommit=True) as connection:
+                rows = connection.execute(
+                    "SELECT task, count(*) FROM intervals WHERE key = 'a' GROUP BY task"
+                ).fetchall()
+            assert rows == [("job", 6)]
+        finally:
+            crew.stop()
+
+
+def test_1000_messages_take_a_session_a_thread_and_leave_none(own_crew: Workers) -> None:
+    crew = own_crew
+    worker = crew.start(2, 4)
+    sent = [crew.send(actors.tiny, number) for number in range(1000)]
+    most = 0
+
+    def all_done() -> bool:
+        nonlocal most
+        most = max(most, crew.store.sessions())
+        return crew.queued() == 0
+
+    wait_for(all_done, 60)
+    assert crew.result(sent[-1]) == 999
+    assert 0 < most <= 2 * (4 + 1)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    wait_for(lambda: crew.store.sessions() == 0, 2.0)
+
+
+@pytest.mark.parametrize("how", ["binary", "python", "gevent"])
+def test_interrupts_at_random_moments_leave_nothing(how: str, own_crew: Workers) -> None:
+    """Two keys for eight threads: some wait, some work, some release when their time is over."""
+    crew = own_crew
+    crew.environment["PSYCOPG_IMPL"] = "binary" if how == "gevent" else how
+    crew.start(2, 4, program="tests.contrib.gevent_worker" if how == "gevent" else "dramatiq")
+    sent = [
+        crew.send(actors.brief, str(number % 2), random.uniform(0, 0.03), time_limit=random.uniform(5, 60))
+        for number in range(170)
+    ]
+    ended = [_end(crew, one) for one in sent]
+
+    assert 0 < ended.count("TimeLimitExceeded") < len(sent)
+    assert set(ended) <= {"0", "1", "TimeLimitExceeded"}
+    wait_for(lambda: crew.store.rows() == 0, 2.0)
+    wait_for(lambda: crew.queued() == 0 and crew.dead() == ended.count("TimeLimitExceeded"))
+    with crew.closed_gate():
+        gated = [crew.send(actors.at_gate, number) for number in range(8)]
+        wait_for(lambda: crew.runs("at_gate") == 8)  # every thread is alive
+    assert [crew.result(one) for one in gated] == list(range(8))
+
+
+def _end(crew: Workers, message: Any) -> str:
+    try:
+        return str(crew.result(message))
+    except ResultFailure as failure:
+        return str(failure.orig_exc_type)
