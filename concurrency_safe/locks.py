@@ -37,6 +37,7 @@ from concurrency_safe.postgres.alias import (
     others_in_transaction,
     require_postgresql,
 )
+from concurrency_safe.postgres.backend import refuse_long_queue
 from concurrency_safe.postgres.inspect import describe_work
 from concurrency_safe.postgres.loop import adrive, finish, running_loop
 from concurrency_safe.postgres.transaction import TransactionLock
@@ -372,14 +373,8 @@ class HeldLock:
         """Refuse by the queue inside this process; the backend looks at the one in the store."""
         for key in request.keys:
             waiting = space.claims.waiting(key)
-            if waiting and request.max_waiters is not None and waiting >= request.max_waiters:
-                raise LockAcquireTimeout(
-                    f"lock {key.text!r}: {waiting} wait for it in this process already "
-                    f"(max_waiters={request.max_waiters}); not waited for",
-                    key.text,
-                    request.timeout,
-                    0.0,
-                )
+            if waiting:
+                refuse_long_queue(request, waiting, None)
 
     def _acquire_in_transaction(self, connection: BaseDatabaseWrapper, request: Request) -> Steps[None]:
         settings = self._settings

@@ -21,6 +21,7 @@ from concurrency_safe.core.steps import Steps
 from . import protocol, sql
 from .inspect import holders_of, session_name
 from .pool import SessionPool
+from .pooled import open_pooled_session
 from .protocol import ServerGoneError, ServerRefusedError
 from .session import Grant, LockSession, complete_conninfo, open_session
 from .watch import watch
@@ -39,7 +40,9 @@ class PostgresBackend:
         self.pool = SessionPool(self._open, options.pool_size, options.pool_idle)
 
     def _open(self) -> Steps[LockSession]:
-        session = yield from open_session(self._conninfo)
+        session: LockSession = yield from (open_pooled_session if self._options.pooled else open_session)(
+            self._conninfo
+        )
         watch(session, self.pool)
         return session
 
@@ -116,16 +119,8 @@ class PostgresBackend:
     def _refuse_long_queue(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[None]:
         session: LockSession = borrower.session
         waiting = holders_of((yield from session.holders(sql.WAITERS, numbers[:1] if request.slots > 1 else numbers)))
-        if request.max_waiters is not None and len(waiting) >= request.max_waiters:
-            holders = yield from self.conflict(borrower, request)
-            raise LockAcquireTimeout(
-                f"lock {request.text!r} is held by {holders or 'somebody else'}, and {len(waiting)} wait for it "
-                f"already (max_waiters={request.max_waiters}); not waited for",
-                request.text,
-                request.timeout,
-                0.0,
-                holders,
-            )
+        if len(waiting) >= (request.max_waiters or 0):
+            refuse_long_queue(request, len(waiting), (yield from self.conflict(borrower, request)))
 
     @staticmethod
     def _confirm(borrower: Borrower, holds: Sequence[Hold], grant: Grant) -> None:
@@ -244,6 +239,22 @@ class PostgresBackend:
     def close(self) -> None:
         """End the idle sessions; those that hold locks end when they release."""
         self.pool.close()
+
+
+def refuse_long_queue(request: Request, waiting: int, holder: str | None) -> None:
+    """Refuse to wait where `max_waiters` wait already.
+
+    Raises: LockAcquireTimeout.
+    """
+    if request.max_waiters is not None and waiting >= request.max_waiters:
+        raise LockAcquireTimeout(
+            f"lock {request.text!r} is held by {holder or 'somebody else'}, and {waiting} wait for it already "
+            f"(max_waiters={request.max_waiters}); not waited for",
+            request.text,
+            request.timeout,
+            0.0,
+            holder,
+        )
 
 
 def _numbers(request: Request) -> tuple[int, ...]:

@@ -136,7 +136,7 @@ class LockSession:
                 self.debts.clear()
             return None
         slot = kind in ("slot", "head")
-        return Grant((int(got),) if slot else tuple(numbers), _token(result, 1) if fenced else None)
+        return Grant((int(got),) if slot else tuple(numbers), token_of(result, 1) if fenced else None)
 
     def wait_acquire(
         self, request: Request, numbers: Sequence[int], max_block: float, *, fenced: bool
@@ -150,7 +150,7 @@ class LockSession:
         if result is None:
             self.debts.clear()
             return None
-        return Grant(tuple(numbers), _token(result, 0) if fenced else None)
+        return Grant(tuple(numbers), token_of(result, 0) if fenced else None)
 
     def release(self, numbers: Sequence[int], *, shared: bool) -> Steps[bool]:
         """Release `numbers`, which are held in this mode; False: one of them was not held (the server warns).
@@ -225,7 +225,8 @@ class LockSession:
         _sessions.pop(id(self), None)
 
 
-def _token(result: PGresult, column: int) -> int:
+def token_of(result: PGresult, column: int) -> int:
+    """Read a fencing token."""
     return int(result.get_value(0, column) or 0)
 
 
@@ -257,10 +258,7 @@ def open_session(info: str) -> Steps[LockSession]:
     Raises: LockUnavailable: no server, or one that can't be used now (a standby). ConfigurationError: a server, or a
         pooler before it, on which session locks can't work.
     """
-    try:
-        pgconn = yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info))
-    except protocol.ServerGoneError as error:
-        raise LockUnavailable(f"the lock store can't be reached: {str(error).strip()}") from error
+    pgconn = yield from connect(info)
     try:
         # Nothing is set on a server process that a pooler may share with others.
         pid = yield from _set_up(pgconn, pgconn.backend_pid)
@@ -274,6 +272,17 @@ def open_session(info: str) -> Steps[LockSession]:
         pgconn.finish()
         raise
     return LockSession(pgconn, pid)
+
+
+def connect(info: str) -> Steps[PGconn]:
+    """Open a connection.
+
+    Raises: LockUnavailable.
+    """
+    try:
+        return (yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info)))
+    except protocol.ServerGoneError as error:
+        raise LockUnavailable(f"the lock store can't be reached: {str(error).strip()}") from error
 
 
 def _connect_timeout(info: str) -> float:
@@ -292,12 +301,20 @@ def _set_up(pgconn: PGconn, expected: int | None) -> Steps[int]:
         row = yield from protocol.query(pgconn, sql.session_setup(version, expected, check_interval=False))
     product = (row.get_value(0, 2) or b"").decode(errors="replace")
     refuse_impostor(product, version)
-    if row.get_value(0, 1) == b"t":
+    refuse_standby(in_recovery=row.get_value(0, 1) == b"t")
+    return int(row.get_value(0, 0) or 0)
+
+
+def refuse_standby(*, in_recovery: bool) -> None:
+    """Refuse a server whose locks the primary doesn't know.
+
+    Raises: LockUnavailable.
+    """
+    if in_recovery:
         raise LockUnavailable(
             "the lock store is a standby (in recovery): it grants locks that the primary does not know; "
             "point the DSN at the primary, or add target_session_attrs=read-write to it"
         )
-    return int(row.get_value(0, 0) or 0)
 
 
 def refuse_impostor(product: str, version: int) -> None:
@@ -333,7 +350,7 @@ def _refuse_transaction_pooling(info: str, pgconn: PGconn, pid: int) -> Steps[No
         raise ConfigurationError(
             "a pooler in transaction mode (PgBouncer or the like) stands before the lock store: session locks would be "
             "shared and lost there; give the library a direct connection (CONCURRENCY_SAFE = {'DSN': "
-            "'postgresql://...'}), or a pool in session mode"
+            "'postgresql://...'}), or a pool in session mode, or say CONCURRENCY_SAFE = {'POOLER': 'transaction'}"
         )
 
 

@@ -5,6 +5,7 @@ Source: https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -115,6 +116,7 @@ HOLDERS_IN_TRANSACTION = _HOLDERS.replace("NUMBERS", "%(numbers)s").replace("GRA
 
 #: The same rows for those who wait.
 WAITERS = Statement(b"cs_waiters", HOLDERS.text.replace(b"l.granted", b"NOT l.granted"))
+WAITERS_IN_TRANSACTION = HOLDERS_IN_TRANSACTION.replace("l.granted", "NOT l.granted")
 
 #: What a fresh session must be told, by the first server version that knows it (0: all that we support).
 #: The timeouts could kill a waiter or a holder; the keepalives and the check interval let the server notice a vanished
@@ -172,3 +174,46 @@ OUT_OF_MEMORY = "53200"
 QUERY_CANCELED = "57014"
 INVALID_PARAMETER = "22023"
 UNDEFINED_TABLE = "42P01"
+
+
+# Behind a pooler in transaction mode: a lock is an open transaction, in statements of the simple protocol (one of the
+# extended protocol left its snapshot behind, which keeps VACUUM from removing anything).
+
+
+def begin(name: str, server_version: int, timeout_ms: int) -> bytes:
+    """Give the statements that open the transaction of a lock; nothing of them outlives it.
+
+    READ COMMITTED keeps no snapshot between two statements. `timeout_ms`: the most that it may wait for the lock.
+    """
+    settings = [(one, value) for since, one, value in TRANSACTION_SETTINGS if server_version >= since]
+    settings += [("lock_timeout", str(timeout_ms)), ("application_name", name.replace("'", "''"))]
+    local = "; ".join(f"SET LOCAL {one} = '{value}'" for one, value in settings)
+    return f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {local}; ".encode()
+
+
+#: What the transaction of a lock must not be ended by.
+TRANSACTION_SETTINGS = tuple(
+    (since, name, value)
+    for since, name, value in SESSION_SETTINGS
+    if name in ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
+)
+
+
+def try_pooled(numbers: Sequence[int], *, shared: bool, fenced: bool) -> bytes:
+    """Give the statement that takes all of `numbers`; columns: whether they were free, with `fenced` the token."""
+    function = f"pg_try_advisory_xact_lock{'_shared' if shared else ''}"
+    lock = " AND ".join(f"{function}({number})" for number in numbers)
+    token = f", CASE WHEN got THEN nextval('{FENCE}') END" * fenced
+    return f"SELECT got{token} FROM (SELECT {lock} AS got OFFSET 0) locked".encode()  # noqa: S608 - numbers only
+
+
+def wait_pooled(number: int, *, shared: bool, fenced: bool) -> bytes:
+    """Give the statement that blocks for `number`; its column: the token, with `fenced`."""
+    lock = f"pg_advisory_xact_lock{'_shared' if shared else ''}({number})"
+    token = f"nextval('{FENCE}')" if fenced else "NULL"
+    return f"SELECT CASE WHEN ({lock})::text IS NOT NULL THEN {token} END".encode()
+
+
+def inline(statement: Statement, numbers: Sequence[int]) -> bytes:
+    """Give a statement about an array of numbers without a parameter."""
+    return statement.text.replace(b"$1", b"'{%s}'" % b",".join(b"%d" % number for number in numbers))

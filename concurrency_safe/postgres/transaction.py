@@ -16,10 +16,10 @@ from psycopg import Error as PsycopgError
 
 from . import protocol, sql
 from .alias import transaction_of
-from .backend import explain
+from .backend import explain, refuse_long_queue
 from .inspect import Holder
 from .session import CANCEL_TIMEOUT, cancel_steps
-from .waiting import drive
+from .waiting import drive, has_hung_up
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -53,8 +53,9 @@ class TransactionLock:
         return transaction_of(self._connection) is not self._transaction
 
     def is_cut(self) -> bool:
-        """Say whether the connection was closed, or replaced by another one, before the transaction ended."""
-        return self._connection.connection is not self._driver or bool(self._driver.closed)
+        """Say whether the connection was closed or replaced, by either end, before the transaction ended."""
+        driver = self._driver
+        return self._connection.connection is not driver or bool(driver.closed) or has_hung_up(driver.fileno())
 
     def acquire(self) -> bool:
         """Take all keys or none: one statement for one key that is free; a savepoint around anything else.
@@ -68,6 +69,8 @@ class TransactionLock:
         started = time.monotonic()
         try:
             acquired = len(request.keys) == 1 and self._try(request.keys[0])
+            if not acquired and request.timeout != 0:
+                self._refuse_long_queue()
             if not acquired and (request.timeout != 0 or len(request.keys) > 1):
                 acquired = self._wait()
             if acquired and self._options.fencing:
@@ -85,6 +88,14 @@ class TransactionLock:
             numbers = [key.number for key in self._request.keys]
             cursor.execute(sql.HOLDERS_IN_TRANSACTION, {"numbers": numbers})
             return [Holder(*row) for row in cursor.fetchall()]
+
+    def _refuse_long_queue(self) -> None:
+        request = self._request
+        if request.max_waiters is None:
+            return
+        with self._connection.cursor() as cursor:
+            cursor.execute(sql.WAITERS_IN_TRANSACTION, {"numbers": [key.number for key in request.keys]})
+            refuse_long_queue(request, len(cursor.fetchall()), ", ".join(map(str, self.holders())) or None)
 
     def _try(self, key: LockKey) -> bool:
         return bool(self._row(sql.try_in_transaction(shared=self._request.shared), [key.number])[0])

@@ -51,6 +51,15 @@ def _wait(want: Wait) -> bool:
             return False
 
 
+def has_hung_up(fd: int) -> bool:
+    """Say, without reading, whether the other end has closed the connection; False where the system can't tell."""
+    if not hasattr(select, "POLLRDHUP"):  # pragma: no cover - macOS, Windows
+        return False
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 if hasattr(select, "poll"):
 
     def wait_socket(fd: int, events: int, timeout: float) -> bool:

@@ -1,0 +1,306 @@
+"""Tasks of an event loop: nobody overlaps, the loop goes on, and a cancelled task leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.db import connection, transaction
+from django.http import HttpRequest, HttpResponse
+from django.test import AsyncRequestFactory
+
+from concurrency_safe import (
+    Call,
+    ConfigurationError,
+    Guard,
+    LockAcquireTimeout,
+    LockInTransaction,
+    LockLost,
+    LockNotHeld,
+    assert_locked,
+    concurrency_safe,
+    configure,
+    current_lock,
+    lock,
+)
+from tests.integration.conftest import LockStore, Rival, wait_for
+
+pytestmark = pytest.mark.usefixtures("store")
+
+TASKS = 300
+KEYS = 20
+CANCELLATIONS = 500
+
+
+@asynccontextmanager
+async def gaps() -> AsyncIterator[list[float]]:
+    """Measure how long the event loop is away from a task that does nothing but come back."""
+    seen: list[float] = []
+
+    async def look() -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0)
+            now = time.monotonic()
+            seen.append(now - last)
+            last = now
+
+    looking = asyncio.create_task(look())
+    try:
+        yield seen
+    finally:
+        looking.cancel()
+
+
+def test_no_two_tasks_hold_a_key(store: LockStore) -> None:
+    inside: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+    at_once = 0
+
+    async def work(number: int) -> None:
+        nonlocal at_once
+        key = number % KEYS
+        async with lock(f"key {key}", timeout=60):
+            inside[key] += 1
+            most[key] = max(most[key], inside[key])
+            at_once = max(at_once, inside.total())
+            await asyncio.sleep(0)
+            inside[key] -= 1
+
+    async def main() -> list[float]:
+        async with lock("warm"):
+            pass
+        async with gaps() as seen:
+            await asyncio.gather(*(work(number) for number in range(TASKS)))
+        return seen
+
+    seen = asyncio.run(main())
+    assert len(most) == KEYS
+    assert set(most.values()) == {1}
+    assert at_once > 1
+    assert store.sessions() <= 4
+    # A collection of garbage, or another process on this machine, may take the loop's time now and then.
+    assert sorted(seen)[-3] <= 0.02
+
+
+def test_cancelled_tasks_leave_nothing(store: LockStore, rival: Rival) -> None:
+    stop = threading.Event()
+
+    def hold_and_let_go() -> None:
+        chance = random.Random(3)
+        while not stop.is_set():
+            rival.hold("one")
+            stop.wait(chance.uniform(0, 0.004))
+            rival.let_go()
+
+    async def work() -> None:
+        while True:
+            async with lock("one", timeout=None):
+                await asyncio.sleep(0)
+
+    async def main() -> int:
+        chance = random.Random(5)
+        cancelled = 0
+        for _ in range(CANCELLATIONS):
+            task = asyncio.create_task(work())
+            await asyncio.sleep(chance.uniform(0.0001, 0.008))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            cancelled += 1
+        return cancelled
+
+    granting = threading.Thread(target=hold_and_let_go)
+    granting.start()
+    try:
+        assert asyncio.run(main()) == CANCELLATIONS
+    finally:
+        stop.set()
+        granting.join()
+    wait_for(lambda: store.rows() == 0, 1.0)
+    assert rival.is_free("one")
+
+
+def test_a_second_cancellation_does_not_stop_the_clean_up(store: LockStore, rival: Rival) -> None:
+    rival.hold("one")
+
+    async def main() -> None:
+        task = asyncio.create_task(lock("one", timeout=None).aacquire())
+        await asyncio.to_thread(wait_for, lambda: store.waiting() == 1)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    wait_for(lambda: store.rows() == 1, 1.0)  # the rival's
+
+
+def test_a_task_and_a_thread_exclude_each_other(store: LockStore) -> None:
+    async def main() -> None:
+        async with lock("one"):
+            with pytest.raises(LockAcquireTimeout, match="task 'holder' of this process"):
+                await asyncio.to_thread(lock("one", timeout=0).acquire)
+            assert store.rows() == 1
+        held = await asyncio.to_thread(lock("one").acquire)
+        with pytest.raises(LockAcquireTimeout, match="thread"):
+            await lock("one", timeout=0.05).aacquire()
+        await asyncio.to_thread(held.release)
+
+    async def named() -> None:
+        await asyncio.create_task(main(), name="holder")
+
+    asyncio.run(named())
+
+
+def test_a_child_task_is_another_owner() -> None:
+    async def child() -> None:
+        with pytest.raises(LockAcquireTimeout):
+            await lock("one", timeout=0).aacquire()
+
+    async def main() -> None:
+        async with lock("one") as held, lock("one", timeout=0):
+            assert current_lock() is not None
+            assert_locked("one")
+            await asyncio.create_task(child())
+        with pytest.raises(LockNotHeld):
+            held.check()
+        with pytest.raises(LockNotHeld):
+            assert_locked()
+
+    asyncio.run(main())
+
+
+def test_a_lock_of_one_loop_is_free_in_the_next(store: LockStore) -> None:
+    """One session serves one loop after the other."""
+
+    async def main() -> None:
+        async with lock("one", timeout=0):
+            assert store.sessions() == 1
+
+    for _ in range(3):
+        asyncio.run(main())
+
+
+def test_a_transaction_in_a_task_is_no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Django forbids it, unless it is told not to, as in a notebook."""
+    monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "true")
+
+    async def main() -> None:
+        with transaction.atomic():
+            connection.ensure_connection()
+            with pytest.raises(LockInTransaction, match="async with"):
+                await lock("one").aacquire()
+        connection.close()
+
+    asyncio.run(main())
+
+
+# The decorator.
+
+
+def test_a_coroutine_function_is_guarded(rival: Rival) -> None:
+    @concurrency_safe(key="stock:{sku}", timeout=0)
+    async def buy(sku: str, amount: int = 1) -> str:
+        assert_locked(f"stock:{sku}")
+        await asyncio.sleep(0)
+        assert not rival.try_hold(f"stock:{sku}")
+        return f"{amount} of {sku}"
+
+    assert asyncio.iscoroutinefunction(buy)
+    assert asyncio.run(buy("a")) == "1 of a"
+    rival.hold("stock:a")
+    with pytest.raises(LockAcquireTimeout):
+        asyncio.run(buy("a"))
+    assert asyncio.run(buy("b", amount=2)) == "2 of b"
+
+
+def test_the_policies_of_a_coroutine_function(rival: Rival) -> None:
+    async def busy(sku: str) -> str:
+        await asyncio.sleep(0)
+        return f"{sku} is busy"
+
+    async def buy(sku: str) -> str:
+        raise AssertionError(sku)
+
+    def told(conflict: LockAcquireTimeout, sku: str) -> str:
+        return f"{sku}: {conflict.key}"
+
+    rival.hold("stock:a")
+    results: dict[Any, Any] = {"skip": None, busy: "a is busy", Call(told, pass_conflict=True): "a: stock:a"}
+    for policy, result in results.items():
+        assert asyncio.run(Guard("stock:{sku}", timeout=0, on_conflict=policy).arun(buy, "a")) == result
+
+    async def conflict_inside(sku: str) -> None:
+        await lock("stock:a", timeout=0).aacquire()
+
+    with pytest.raises(LockAcquireTimeout):
+        asyncio.run(Guard("other:{sku}", on_conflict="skip").arun(conflict_inside, "a"))
+
+
+def test_what_would_run_after_the_release_is_refused() -> None:
+    async def buy(sku: str) -> str:
+        return sku
+
+    def hidden(sku: str) -> Awaitable[str]:
+        return buy(sku)
+
+    with pytest.raises(ConfigurationError, match="arun"):
+        Guard("k").run(buy, "a").close()
+    with pytest.raises(ConfigurationError, match="returned a coroutine"):
+        Guard("k").run(hidden, "a")
+
+
+def test_an_async_view(rival: Rival) -> None:
+    @concurrency_safe(key=lambda request, sku: f"stock:{sku}", timeout=0)  # noqa: ARG005 - a view's arguments
+    async def view(request: HttpRequest, sku: str) -> HttpResponse:
+        assert not await sync_to_async(rival.try_hold)(f"stock:{sku}")
+        return HttpResponse(sku)
+
+    async def main() -> HttpResponse:
+        return await view(AsyncRequestFactory().get("/"), "a")
+
+    assert asyncio.run(main()).content == b"a"
+
+
+# Loss.
+
+
+def test_a_loss_can_cancel_the_task(store: LockStore) -> None:
+    async def body() -> None:
+        async with lock("one") as held:
+            task = asyncio.current_task()
+            assert task is not None
+            held.on_lost(lambda _: task.cancel())
+            store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+            await asyncio.sleep(10)
+
+    async def main() -> None:
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await body()
+        if hasattr(caught.value, "__notes__"):
+            assert "was lost" in caught.value.__notes__[0]
+
+    asyncio.run(main())
+
+
+def test_a_loss_is_told_at_the_end(store: LockStore) -> None:
+    configure(on_lost="log")
+
+    async def body() -> None:
+        async with lock("one"):
+            store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+
+    asyncio.run(body())
+    configure(on_lost="raise")
+    with pytest.raises(LockLost):
+        asyncio.run(body())
