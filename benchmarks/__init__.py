@@ -1,0 +1,1 @@
+"""Measurements, each on servers of its own: `make bench`."""

@@ -1,0 +1,147 @@
+"""How many guarded tasks a worker does in a second, beside unguarded ones and other libraries' on the same stack.
+
+    python -m benchmarks.celery_throughput [--tasks 2000] [--rounds 3] [--concurrency 2]
+
+Each round sends the tasks of every kind to a queue that the worker does not know, and then lets it work; the kinds take
+turns at being first. `send` is the client's speed, `run` the worker's, `both` one after the other. celery-once and
+celery-singleton take their lock when they send, so for them the last one counts; `pip install celery-once
+celery-singleton` adds them. The exit status is 1 when the guarded tasks run at less than 0.9 of the unguarded ones'
+speed, or slower than the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from concurrency_safe.testing import PostgresServer, ValkeyServer
+
+#: Of the unguarded tasks' speed, at least this is left.
+AIM = 0.9
+#: Seconds until a worker must have answered, or a round must be over.
+LIMIT = 120.0
+
+
+class Round(NamedTuple):
+    """Tasks a second that were sent, run, and both."""
+
+    send: float
+    run: float
+    both: float
+
+
+class Bench:
+    """One worker, and the file that it marks."""
+
+    def __init__(self, marks: Path, tasks: int) -> None:
+        from benchmarks import celery_tasks
+
+        self.app = celery_tasks.app
+        self.kinds = celery_tasks.TASKS
+        self.marks = marks
+        self.tasks = tasks
+        self.played = 0
+
+    def play(self, task: Any, offset: int) -> Round:
+        """Send tasks of one kind, each with a key of its own, to a queue of theirs; then let the worker do them."""
+        self.played += 1
+        queue = f"round-{self.played}"
+        done = self.marks.stat().st_size + self.tasks
+        began = time.perf_counter()
+        for number in range(offset, offset + self.tasks):
+            task.apply_async((number,), queue=queue)
+        send = time.perf_counter() - began
+        started = time.perf_counter()
+        self.app.control.add_consumer(queue)
+        wait_for(lambda: self.marks.stat().st_size >= done)
+        run = time.perf_counter() - started
+        self.app.control.cancel_consumer(queue, reply=True)
+        return Round(self.tasks / send, self.tasks / run, self.tasks / (send + run))
+
+
+def wait_for(fact: Callable[[], object]) -> None:
+    """Look until `fact()` is true."""
+    until = time.monotonic() + LIMIT
+    while not fact():
+        if time.monotonic() > until:
+            raise SystemExit(f"nothing happened for {LIMIT:g} s")
+        time.sleep(0.002)
+
+
+@contextmanager
+def stack(concurrency: int) -> Iterator[Path]:
+    """Start PostgreSQL, Valkey and a worker; give the file that the worker marks."""
+    with PostgresServer() as postgres, ValkeyServer() as valkey, tempfile.TemporaryDirectory() as folder:
+        marks = Path(folder, "marks")
+        marks.touch()
+        os.environ |= {
+            "CONCURRENCY_SAFE_DSN": postgres.dsn,
+            "CELERY_BROKER_URL": valkey.url,
+            "BENCHMARK_MARKS": str(marks),
+        }
+        command = [sys.executable, "-m", "celery", "-A", "benchmarks.celery_tasks", "worker"]
+        command += ["-c", str(concurrency), "--loglevel", "WARNING", "--without-gossip", "--without-mingle"]
+        worker = subprocess.Popen(command)
+        try:
+            yield marks
+        finally:
+            worker.terminate()
+            worker.wait()
+
+
+def measure(tasks: int, rounds: int, concurrency: int) -> dict[str, list[Round]]:
+    """Play every kind in every round."""
+    with stack(concurrency) as marks:
+        bench = Bench(marks, tasks)
+        wait_for(lambda: bench.app.control.ping(timeout=0.5))
+        kinds = list(bench.kinds)
+        results: dict[str, list[Round]] = {kind: [] for kind in kinds}
+        for kind in kinds:  # connections are made, and modules read
+            bench.play(bench.kinds[kind], -tasks)
+        for number in range(rounds):
+            first = number % len(kinds)
+            for kind in kinds[first:] + kinds[:first]:
+                results[kind].append(bench.play(bench.kinds[kind], number * tasks))
+        return results
+
+
+def report(results: dict[str, list[Round]]) -> bool:
+    """Print the medians, and say whether the aim was reached."""
+    medians = {kind: Round(*map(statistics.median, zip(*rounds, strict=True))) for kind, rounds in results.items()}
+    plain = results["unguarded"]
+    print(f"{'tasks a second':20}{'send':>8}{'run':>8}{'both':>8}   of unguarded: run, both")
+    for kind, one in medians.items():
+        run, both = (
+            statistics.median(mine[place] / theirs[place] for mine, theirs in zip(results[kind], plain, strict=True))
+            for place in (1, 2)
+        )
+        print(f"{kind:20}{one.send:8.0f}{one.run:8.0f}{one.both:8.0f}   {run:.3f} {both:.3f}")
+    ours = medians["concurrency-safe"]
+    ratio = statistics.median(
+        mine.run / theirs.run for mine, theirs in zip(results["concurrency-safe"], plain, strict=True)
+    )
+    others = [one.both for kind, one in medians.items() if kind not in ("unguarded", "concurrency-safe")]
+    return ratio >= AIM and all(ours.both > other for other in others)
+
+
+def main() -> int:
+    """Return the exit status: 1 when the aim was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=2000, help="of each kind in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=2, help="processes of the worker")
+    options = parser.parse_args()
+    return 0 if report(measure(options.tasks, options.rounds, options.concurrency)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
