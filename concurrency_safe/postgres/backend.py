@@ -84,26 +84,29 @@ class PostgresBackend:
     def _wait(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
         """Block on a session that holds nothing; it keeps the lock then."""
         session: LockSession = borrower.session
+        name = session_name(borrower.work)
         if request.max_waiters is not None:
             yield from self._refuse_long_queue(borrower, request, numbers)
         if session.held:
             yield from self.pool.free(borrower)
-            session = yield from self.pool.lend(borrower, numbers, session_name(borrower.work), empty=True)
+            session = yield from self.pool.lend(borrower, numbers, name, empty=True)
         session.blocked = True
         if request.slots > 1:
             return (yield from self._wait_for_slot(borrower, session, request, numbers))
         return (
-            yield from session.wait_acquire(request, numbers, self._options.max_block, fenced=self._options.fencing)
+            yield from session.wait_acquire(
+                request, numbers, name, self._options.max_block, fenced=self._options.fencing
+            )
         )
 
     def _wait_for_slot(
         self, borrower: Borrower, session: LockSession, request: Request, numbers: Sequence[int]
     ) -> Steps[Grant | None]:
         """Queue at the gate, first come first served; its holder alone looks for a free slot, again and again."""
-        gate = yield from session.wait_acquire(request, numbers[:1], self._options.max_block, fenced=False)
+        name = session_name(borrower.work)
+        gate = yield from session.wait_acquire(request, numbers[:1], name, self._options.max_block, fenced=False)
         if gate is None:
             return None
-        name = session_name(borrower.work)
         look = FIRST_LOOK
         while True:
             grant = yield from session.try_acquire(request, numbers, name, "head", fenced=self._options.fencing)

@@ -166,8 +166,10 @@ class SessionPool:
         return None
 
     def _may_open(self, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:
-        serving = [one for one in self.sessions if not one.blocked and _serves(one, borrower, numbers, name)]
-        return not serving or len(self.sessions) + len(self._opening) < self._size
+        if len(self.sessions) + len(self._opening) < self._size:
+            return True
+        soon = any(one.home is borrower.home and one.work == borrower.work for one in self._opening)
+        return not soon and not any(not one.blocked and _serves(one, borrower, numbers, name) for one in self.sessions)
 
 
 def _serves(session: LockSession, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:

@@ -48,7 +48,7 @@ class PooledSession(LockSession):
         return None
 
     def wait_acquire(
-        self, request: Request, numbers: Sequence[int], max_block: float, *, fenced: bool
+        self, request: Request, numbers: Sequence[int], name: str, max_block: float, *, fenced: bool
     ) -> Steps[Grant | None]:
         """See `LockSession.wait_acquire`."""
         self.debts.update((number, request.shared) for number in numbers)
@@ -57,7 +57,7 @@ class PooledSession(LockSession):
             until = time.monotonic() + left
             result: PGresult | None = None
             try:
-                begin = sql.begin(self.name or "", self.pgconn.server_version, max(1, round(left * 1000)))
+                begin = sql.begin(name, self.pgconn.server_version, max(1, round(left * 1000)))
                 for number in numbers:
                     text = sql.wait_pooled(number, shared=request.shared, fenced=fenced and number == numbers[-1])
                     result = yield from protocol.query(self.pgconn, begin + text, until + protocol.GRACE)

@@ -147,12 +147,13 @@ def wait_acquire(  # noqa: PLR0913 - what a wait is about
     *,
     shared: bool,
     fenced: bool,
+    name: bytes | None = None,
 ) -> Steps[PGresult | None]:
     """Wait for all of `numbers`, one after the other, until the monotonic time `deadline` (None: for ever).
 
     The session must hold nothing. The server waits, up to `max_block` seconds a piece: a waiter pins the oldest visible
     row version, which stops VACUUM and CREATE INDEX CONCURRENTLY, so it must not block without end. Between two pieces
-    it gives back what it got, and loses its place.
+    it gives back what it got, and loses its place. `name`: what the session's application_name becomes; None leaves it.
 
     Returns: the last answer, with the token; None when others kept one of them: the session holds nothing then.
     Raises: ServerRefusedError, ServerGoneError: what the session holds is unknown then; close it.
@@ -163,9 +164,10 @@ def wait_acquire(  # noqa: PLR0913 - what a wait is about
         try:
             for number in numbers:
                 piece = until - time.monotonic()
-                statement = sql.wait_statement(shared=shared, fenced=fenced and number is numbers[-1])
+                last = number is numbers[-1]
+                statement = sql.wait_statement(shared=shared, fenced=fenced and last, named=name is not None)
                 # At least 1 ms: lock_timeout 0 would mean no timeout.
-                params = [number, str(max(1, round(piece * 1000))).encode()]
+                params = [number, str(max(1, round(piece * 1000))).encode(), *([name] if name is not None else [])]
                 result = yield from execute(pgconn, prepared, statement, params, until + GRACE)
         except ServerRefusedError as refused:
             if refused.sqlstate != sql.LOCK_NOT_AVAILABLE:

@@ -139,14 +139,23 @@ class LockSession:
         return Grant((int(got),) if slot else tuple(numbers), token_of(result, 1) if fenced else None)
 
     def wait_acquire(
-        self, request: Request, numbers: Sequence[int], max_block: float, *, fenced: bool
+        self, request: Request, numbers: Sequence[int], name: str, max_block: float, *, fenced: bool
     ) -> Steps[Grant | None]:
         """Wait for all of `numbers`, in the server; None when the request's deadline passed. See `protocol`."""
         self.debts.update((number, request.shared) for number in numbers)
         texts = [b"%d" % number for number in numbers]
+        known, self.name = self.name, None
         result = yield from protocol.wait_acquire(
-            self.pgconn, self.prepared, texts, request.deadline, max_block, shared=request.shared, fenced=fenced
+            self.pgconn,
+            self.prepared,
+            texts,
+            request.deadline,
+            max_block,
+            shared=request.shared,
+            fenced=fenced,
+            name=None if known == name else name.encode(),
         )
+        self.name = name
         if result is None:
             self.debts.clear()
             return None

@@ -72,19 +72,22 @@ SELECT CASE WHEN free IS NULL OR free THEN ($1::bigint[])[i] END FROM freed)""" 
 
 
 @lru_cache
-def wait_statement(*, shared: bool = False, fenced: bool = False) -> Statement:
+def wait_statement(*, shared: bool = False, fenced: bool = False, named: bool = False) -> Statement:
     """Give the statement that blocks in the server, first come first served.
 
-    Parameters: the number, the most milliseconds. CASE fixes the order: the timeout is set first, and a token is drawn
+    Parameters: the number, the most milliseconds, with `named` the application_name. CASE fixes the order: the timeout
+    is set first, and a token is drawn
     last. The session is ours alone, so the setting needs no reset. Column: the token, with `fenced`.
     """
     mode = "_shared" if shared else ""
+    name = " AND set_config('application_name', $3::text, false) IS NOT NULL" * named
     lock = (
-        f"CASE WHEN set_config('lock_timeout', $2::text, false) IS NOT NULL THEN pg_advisory_lock{mode}($1::bigint) END"
+        f"CASE WHEN set_config('lock_timeout', $2::text, false) IS NOT NULL{name} "
+        f"THEN pg_advisory_lock{mode}($1::bigint) END"
     )
     if fenced:
         lock = f"CASE WHEN ({lock})::text IS NOT NULL THEN nextval('{FENCE}') END"
-    return Statement(f"cs_wait{mode}{'_fenced' * fenced}".encode(), f"SELECT {lock}".encode())
+    return Statement(f"cs_wait{mode}{'_fenced' * fenced}{'_named' * named}".encode(), f"SELECT {lock}".encode())
 
 
 @lru_cache

@@ -19,6 +19,10 @@ class Link:
         self.server = server
         self.silent = False
 
+    def silence(self) -> None:
+        """Lose every packet from now on; both ends stay open, and hear nothing more."""
+        self.silent = True
+
     def cut(self) -> None:
         """End the connection on both sides."""
         for end in (self.client, self.server):
@@ -133,7 +137,7 @@ class Wire:
             ready, _, _ = select.select(list(other), [], [])
             for source in ready:
                 data = source.recv(65536)
-                if not data:
+                if not data or link.silent:
                     return
                 if source is link.client:
                     data = self._harm(link, data)

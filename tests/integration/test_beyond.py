@@ -1,0 +1,436 @@
+"""What no peer has, under load: many keys, slots, one connection for many locks, tokens, poolers, losses."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+
+from concurrency_safe import (
+    ConfigurationError,
+    HeldLock,
+    LockAcquireTimeout,
+    LockCapacityError,
+    LockLost,
+    configure,
+    lock,
+)
+from concurrency_safe.core.keys import lock_key, slot_numbers
+from concurrency_safe.core.sessions import StoreOptions
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.sql import CREATE_FENCE
+from concurrency_safe.testing import PostgresServer
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
+from tests.servers.pgbouncer import PgBouncer
+from tests.servers.wire import Wire
+
+PREFACE = """
+import sys, random, threading, time
+import psycopg
+from concurrency_safe import configure, lock
+dsn, number = sys.argv[1], int(sys.argv[2])
+log = psycopg.connect(dsn, autocommit=True)
+"""
+
+
+def run(program: str, dsn: str, processes: int) -> list[str]:
+    """Run `program` in so many processes at once; each gets the DSN and its number. Return what they print."""
+    command = [sys.executable, "-c", PREFACE + program, dsn]
+    running = [
+        subprocess.Popen(
+            [*command, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=bare_environment()
+        )
+        for number in range(processes)
+    ]
+    said = []
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        said.append(out)
+    return said
+
+
+# Several keys.
+
+
+@pytest.mark.timeout(150)
+def test_several_keys_in_any_order_never_deadlock(store: LockStore) -> None:
+    """8 processes, 250 rounds each, of three keys out of six, in orders of chance."""
+    said = run(
+        """
+configure(dsn=dsn)
+chance = random.Random(number)
+for _ in range(250):
+    with lock(*chance.sample("abcdef", 3), timeout=60):
+        pass
+print("done")
+""",
+        store.url,
+        8,
+    )
+    assert said == ["done\n"] * 8
+    assert store.rows() == 0
+
+
+def test_a_part_of_the_keys_is_nothing(store: LockStore, rival: Rival) -> None:
+    rival.hold("b")
+    for timeout in (0, 0.05):
+        with pytest.raises(LockAcquireTimeout) as caught, lock("a", "b", "c", timeout=timeout):
+            pytest.fail("two holders")
+        assert str(rival.pid) in (caught.value.holder or "")
+    assert store.rows() == 1
+
+
+def test_several_keys_are_one_statement_when_they_are_free() -> None:
+    program = """
+configure(dsn=dsn)
+with lock("a", "b", "c"): pass
+with lock("a", "b", "c"): pass
+"""
+    with PostgresServer(settings={"log_statement": "all"}) as server:
+        run(program, server.dsn, 1)
+        ours = [line for line in server.log.read_text().splitlines() if "execute cs_" in line]
+    assert ["cs_try_all" in line for line in ours] == [True, False, True, False]
+    assert ["cs_release_many" in line for line in ours] == [False, True, False, True]
+
+
+# Slots.
+
+
+@pytest.mark.timeout(120)
+def test_slots_are_first_come_first_served_and_ask_rarely() -> None:
+    """15 clients, 3 slots: never more than three inside, all three used, nobody overtakes."""
+    program = """
+configure(dsn=dsn, timeout=60, max_block=60)
+log.execute("SELECT pg_advisory_lock_shared(1)")  # all start together
+with lock("gpu", slots=3):
+    log.execute("INSERT INTO inside (who, asked) VALUES (%s, false)", [number])
+    log.execute("SELECT pg_sleep(0.03)")
+    log.execute("INSERT INTO inside (who, asked) VALUES (%s, true)", [number])
+"""
+    with PostgresServer(settings={"log_statement": "all"}) as server:
+        gate = psycopg.connect(server.dsn, autocommit=True)
+        gate.execute("CREATE TABLE inside (place serial, who int, asked bool)")
+        gate.execute("SELECT pg_advisory_lock(1)")
+        starting = threading.Thread(target=run, args=[program, server.dsn, 15])
+        starting.start()
+        count = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        wait_for(lambda: gate.execute(count).fetchone() == (15,), 60)
+        gate.execute("SELECT pg_advisory_unlock(1)")
+        starting.join()
+        rows = gate.execute("SELECT who, asked FROM inside ORDER BY place").fetchall()
+        left = gate.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()")
+        assert left.fetchone() == (0,)
+        gate.close()
+        log = server.log.read_text()
+
+    inside, most = 0, 0
+    for _, leaves in rows:
+        inside += -1 if leaves else 1
+        most = max(most, inside)
+    assert most == 3
+    executed = [line for line in log.splitlines() if "execute cs_" in line]
+    assert len(executed) <= 5 * 15
+
+
+def test_slots_wait_in_order(store: LockStore) -> None:
+    """The queue of a key with slots is the server's, too."""
+    held = [HeldSlot("gpu") for _ in range(2)]
+    program = """
+configure(dsn=dsn, max_block=60)
+with lock("gpu", slots=2, timeout=None):
+    print(time.monotonic_ns())
+"""
+    said: dict[int, str] = {}
+    threads = []
+    for number in range(5):
+        thread = threading.Thread(target=lambda number=number: said.update({number: run(program, store.url, 1)[0]}))
+        thread.start()
+        threads.append(thread)
+        wait_for(lambda: store.waiting() + gates(store) == len(threads), 30)
+    for one in held:
+        one.let_go()
+    for thread in threads:
+        thread.join()
+    times = [int(said[number]) for number in range(5)]
+    assert times == sorted(times)
+
+
+def gates(store: LockStore) -> int:
+    """Count the one who holds the gate of "gpu", at the head of the queue."""
+    gate = slot_numbers(lock_key("gpu"), 2)[0] & 0xFFFFFFFF
+    return store.count(f"l.granted AND l.objid = {gate}")
+
+
+class HeldSlot:
+    """A slot held by a thread of its own, until it is let go."""
+
+    def __init__(self, key: str) -> None:
+        self.ready, self.done = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self.work, args=[key])
+        self.thread.start()
+        assert self.ready.wait(15)
+
+    def work(self, key: str) -> None:
+        with lock(key, slots=2):
+            self.ready.set()
+            self.done.wait(60)
+
+    def let_go(self) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def test_the_numbers_of_slots_are_frozen() -> None:
+    """Hosts on different releases must count the same slots."""
+    assert slot_numbers(lock_key("gpu"), 2) == (4518582159180942275, -3998939082509831219, 2536311186823923299)
+
+
+# One connection for many locks.
+
+
+def test_threads_that_hold_many_keys_share_the_sessions(store: LockStore) -> None:
+    configure(pool_size=4)
+    ready, done = threading.Barrier(17), threading.Event()
+
+    def work(number: int) -> None:
+        held = [lock(f"key {number} {each}").acquire() for each in range(200 // 16 + 1)]
+        ready.wait(30)
+        done.wait(30)
+        for one in held:
+            one.release()
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    ready.wait(30)
+    rows, sessions = store.rows(), store.sessions()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert rows == 16 * 13
+    assert sessions <= 5
+    assert store.rows() == 0
+
+
+def test_one_thread_needs_one_session(store: LockStore) -> None:
+    with lock("one"), lock("two"), lock("three"):
+        assert store.rows() == 3
+        wait_for(lambda: store.sessions() == 1)  # those of the test before are gone
+
+
+def test_a_thousand_locks(store: LockStore) -> None:
+    held = [lock(f"key {number}").acquire() for number in range(1000)]
+    try:
+        assert store.rows() == 1000
+        assert store.sessions() <= 5
+        with pytest.raises(LockCapacityError, match="MAX_HELD=1000"), lock("one more"):
+            pytest.fail("beyond the cap")
+    finally:
+        for one in held:
+            one.release()
+    assert store.rows() == 0
+
+
+def test_a_waiter_gets_a_session_of_its_own(store: LockStore, rival: Rival) -> None:
+    """Else the locks that share its session could not be released while it waits."""
+    rival.hold("two")
+    with ThreadPoolExecutor(1) as pool:
+        with lock("one"):
+            waiting = pool.submit(lambda: lock("two", timeout=None).acquire())
+            wait_for(lambda: store.waiting() == 1 and store.sessions() == 2)
+        assert rival.is_free("one")  # and lets go of "two"
+        pool.submit(waiting.result().release).result()
+    assert store.rows() == 0
+
+
+def test_a_shared_session_that_is_cut_loses_all_its_locks(store: LockStore) -> None:
+    held = [lock(f"key {number}").acquire() for number in range(3)]
+    told: list[HeldLock] = []
+    for one in held:
+        one.on_lost(told.append)
+    store.connection.execute("SELECT DISTINCT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+    wait_for(lambda: len(told) == 3)
+    for one in held:
+        with pytest.raises(LockLost):
+            one.release()
+
+
+def test_a_forgotten_lock_on_a_shared_session_is_freed_alone(store: LockStore, rival: Rival) -> None:
+    kept = lock("kept").acquire()
+    forgotten = lock("forgotten")
+    forgotten.__enter__()
+    wait_for(lambda: store.sessions() == 1)
+    del forgotten
+    wait_for(lambda: rival.is_free("forgotten"))
+    assert not rival.try_hold("kept")
+    assert not kept.is_lost
+    kept.release()
+    assert store.rows() == 0
+
+
+# Loss.
+
+
+def cut(store: LockStore) -> None:
+    store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+
+
+def test_a_loss_is_seen_while_the_body_runs(store: LockStore) -> None:
+    seen: list[float] = []
+
+    def body() -> None:
+        with lock("one") as held:
+            held.on_lost(lambda _: seen.append(time.monotonic()))
+            seen.append(time.monotonic())
+            cut(store)
+            wait_for(lambda: len(seen) == 2)
+
+    with pytest.raises(LockLost):
+        body()
+    assert seen[1] - seen[0] < 0.1
+
+
+def test_the_body_error_is_not_hidden_by_a_loss(store: LockStore) -> None:
+    def body() -> None:
+        with lock("one") as held:
+            cut(store)
+            wait_for(lambda: held.is_lost)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        body()
+    assert "was lost" in getattr(caught.value, "__notes__", ["was lost"])[0]
+
+
+def test_a_callback_that_fails_keeps_nobody_from_hearing(store: LockStore, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[HeldLock] = []
+
+    def fail(_: HeldLock) -> None:
+        raise ZeroDivisionError
+
+    def body() -> None:
+        with lock("one") as held:
+            held.on_lost(fail)
+            held.on_lost(told.append)
+            cut(store)
+            wait_for(lambda: told)
+
+    with pytest.raises(LockLost):
+        body()
+    assert "a callback on the loss of lock 'one' failed" in caplog.text
+
+
+@pytest.mark.timeout(90)
+def test_a_network_that_falls_silent_is_noticed(dsn: str) -> None:
+    """Neither end of a black hole says anything: the watcher asks for a sign of life."""
+    wire = Wire(dsn)
+    backend = PostgresBackend(wire.dsn, StoreOptions())
+    held = lock("one", backend=backend).acquire()
+    for link in wire.links:
+        link.silence()
+    silent = time.monotonic()
+    wait_for(lambda: held.is_lost, 30)
+    assert time.monotonic() - silent < 30
+    with pytest.raises(LockLost):
+        held.release()
+    wire.close()
+
+
+# Tokens.
+
+
+@pytest.mark.timeout(150)
+def test_tokens_rise_strictly(store: LockStore) -> None:
+    store.connection.execute(CREATE_FENCE)
+    said = run(
+        """
+configure(dsn=dsn, fencing=True, timeout=60)
+tokens = []
+for _ in range(1250):
+    with lock("one") as held:
+        tokens.append((time.monotonic_ns(), held.token))
+print(tokens)
+""",
+        store.url,
+        8,
+    )
+    drawn = sorted(pair for text in said for pair in ast.literal_eval(text))
+    tokens = [token for _, token in drawn]
+    assert len(tokens) == 10_000
+    assert all(earlier < later for earlier, later in itertools.pairwise(tokens))
+
+
+def test_without_the_sequence_it_says_what_to_do() -> None:
+    with PostgresServer() as server:
+        backend = PostgresBackend(server.dsn, StoreOptions(fencing=True))
+        with pytest.raises(ConfigurationError, match=r"migrate concurrency_safe"), lock("one", backend=backend):
+            pytest.fail("the body ran without a token")
+        backend.close()
+
+
+# A pooler.
+
+
+@pytest.mark.timeout(120)
+def test_behind_a_pooler_in_transaction_mode() -> None:
+    with PostgresServer() as server, PgBouncer(server, {"default_pool_size": "12"}) as pooler:
+        admin = psycopg.connect(server.dsn, autocommit=True)
+        admin.execute("CREATE TABLE inside (place serial, who int, leaves bool)")
+        admin.execute("CREATE TABLE rows AS SELECT generate_series(1, 20000) n")
+        run(
+            """
+configure(dsn=dsn, pooler="transaction", timeout=60)
+for _ in range(30):
+    with lock("one"):
+        log.execute("INSERT INTO inside (who, leaves) VALUES (%s, false)", [number], prepare=False)
+        log.execute("INSERT INTO inside (who, leaves) VALUES (%s, true)", [number], prepare=False)
+""",
+            pooler.dsn,
+            6,
+        )
+        rows = admin.execute("SELECT who, leaves FROM inside ORDER BY place").fetchall()
+        assert len(rows) == 6 * 30 * 2
+        assert all(one == (who, False) and two == (who, True) for one, two, who in _pairs(rows))
+
+        backend = PostgresBackend(pooler.dsn, StoreOptions(pooled=True))
+        with lock("one", backend=backend):
+            holder = admin.execute(
+                "SELECT backend_xid, backend_xmin, application_name FROM pg_stat_activity JOIN pg_locks USING (pid)"
+                " WHERE locktype = 'advisory'"
+            ).fetchone()
+            assert holder is not None
+            assert holder[:2] == (None, None)
+            assert holder[2].startswith("cs:")
+            admin.execute("DELETE FROM rows")
+            admin.execute("VACUUM rows")
+            assert admin.execute("SELECT pg_relation_size('rows')").fetchone() == (0,)
+        backend.close()
+        wait_for(lambda: admin.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,))
+        admin.close()
+
+
+def _pairs(rows: list[tuple[int, bool]]) -> list[tuple[tuple[int, bool], tuple[int, bool], int]]:
+    return [(rows[at], rows[at + 1], rows[at][0]) for at in range(0, len(rows), 2)]
+
+
+def test_a_killed_holder_frees_its_lock_at_once(store: LockStore, rival: Rival) -> None:
+    program = "configure(dsn=dsn)\nlock('one').acquire()\nprint('held', flush=True)\nthreading.Event().wait()"
+    command = [sys.executable, "-c", PREFACE + program, store.url, "0"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, env=bare_environment())
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    assert not rival.try_hold("one")
+    holder.kill()
+    killed = time.monotonic()
+    wait_for(lambda: rival.is_free("one"))
+    assert time.monotonic() - killed < 1
+    holder.wait()
+    holder.stdout.close()
