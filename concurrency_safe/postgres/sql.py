@@ -76,8 +76,8 @@ def wait_statement(*, shared: bool = False, fenced: bool = False, named: bool = 
     """Give the statement that blocks in the server, first come first served.
 
     Parameters: the number, the most milliseconds, with `named` the application_name. CASE fixes the order: the timeout
-    is set first, and a token is drawn
-    last. The session is ours alone, so the setting needs no reset. Column: the token, with `fenced`.
+    is set first, and a token is drawn last. The session is ours alone, so the setting needs no reset. Column: the
+    token, with `fenced`.
     """
     mode = "_shared" if shared else ""
     name = " AND set_config('application_name', $3::text, false) IS NOT NULL" * named
