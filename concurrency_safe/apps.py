@@ -9,7 +9,7 @@ from django.apps import AppConfig
 
 
 class ConcurrencySafeConfig(AppConfig):
-    """Registers the checks; there is nothing to migrate."""
+    """Registers the checks. Its migration makes the sequence behind fencing tokens."""
 
     name = "concurrency_safe"
     verbose_name = "Locks"

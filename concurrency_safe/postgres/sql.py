@@ -20,6 +20,7 @@ class Statement(NamedTuple):
 #: The sequence behind fencing tokens. CACHE 1, or a session would hand out numbers that it drew before another's.
 FENCE = "concurrency_safe_fence"
 CREATE_FENCE = f"CREATE SEQUENCE IF NOT EXISTS {FENCE} AS bigint CACHE 1"
+DROP_FENCE = f"DROP SEQUENCE IF EXISTS {FENCE}"
 
 #: What is tried: one key; all keys or none; a free slot, if nobody queues; a free slot, at the head of the queue.
 Kind = Literal["one", "all", "slot", "head"]
