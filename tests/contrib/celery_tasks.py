@@ -226,6 +226,22 @@ def at_gate(key: str) -> str:
     return key
 
 
+@app.task(base=ConcurrencySafeTask, lock_key="pair:{key}", lock_slots=2, on_conflict=SOON)
+def two_at_gate(key: str) -> str:
+    return str(at_gate.run(key))
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="book:{key}", lock_shared=True, on_conflict=SOON)
+def reads_at_gate(key: str) -> str:
+    return str(at_gate.run(key))
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="book:{key}", on_conflict=SOON)
+def writes(key: str) -> str:
+    note("writes", key)
+    return key
+
+
 @app.task(base=ConcurrencySafeTask, lock_key="gate:{key}", bind=True)
 def tells_whether_it_is_lost(self: Any, key: str) -> bool:
     """Wait like `at_gate`, and look at the lock before and after."""

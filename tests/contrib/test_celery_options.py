@@ -58,7 +58,8 @@ def declare(app: Celery | None = None, **options: Any) -> Any:
         ({"lock_timeout": -1}, "task pay: .*timeout=-1"),
         ({"on_conflict": "retri"}, "did you mean 'retry'"),
         ({"on_conflict": ValueError}, "task pay: .*ValueError is a class"),
-        ({"lock_shared": True}, "not in this release"),
+        ({"lock_shared": 1}, "task pay: .*shared=1"),
+        ({"lock_slots": 0}, "task pay: .*slots=0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

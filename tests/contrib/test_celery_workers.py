@@ -131,6 +131,31 @@ def test_a_task_enters_its_own_lock_again(fleet: Workers) -> None:
     assert tasks.nests.delay("a", 2).get(timeout=LIMIT) == "a"
 
 
+def conflicts(fleet: Workers, sent: list[AsyncResult[Any]]) -> set[str]:
+    """Give those of the tasks that have met a conflict."""
+    return {one.id for one in sent if f"[{one.id}] retry: Retry in" in fleet.logs()}
+
+
+def test_slots_let_so_many_run_at_once(fleet: Workers) -> None:
+    with fleet.closed_gate():
+        sent = [tasks.two_at_gate.delay("a") for _ in range(4)]
+        wait_for(lambda: len(conflicts(fleet, sent)) >= 2 and fleet.runs("at_gate") >= 2)
+        assert fleet.runs("at_gate") == 2
+
+    assert [one.get(timeout=LIMIT) for one in sent] == ["a"] * 4
+
+
+def test_readers_share_and_a_writer_waits_for_them(fleet: Workers) -> None:
+    with fleet.closed_gate():
+        readers = [tasks.reads_at_gate.delay("a") for _ in range(3)]
+        wait_for(lambda: fleet.runs("at_gate") == 3)
+        writer = tasks.writes.delay("a")
+        wait_for(lambda: conflicts(fleet, [writer]))
+        assert fleet.runs("writes") == 0
+
+    assert [one.get(timeout=LIMIT) for one in [*readers, writer]] == ["a"] * 4
+
+
 @pytest.mark.parametrize("task", ["patient", "skipping"])
 def test_canvases_go_on(task: str, fleet: Workers) -> None:
     fleet.rival.hold("one:a")

@@ -46,7 +46,8 @@ class ConcurrencySafeMixin:
         lock_timeout: Seconds that the worker waits before the policy decides; 0: it tries once; None: for ever.
         on_conflict: "retry" (back to the queue, with a budget of its own), "skip", "raise", a policy value, or a
             callable that gets the arguments and whose return value is the task's result.
-        lock_shared, lock_slots: Reserved; not in this release.
+        lock_shared: True: at once with other shared holders of the key, never with one who holds it alone.
+        lock_slots: How many may hold the key at once; the same number wherever the key is used.
     """
 
     lock_key: Any = None
