@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from pytest_celery import CeleryTestSetup, CeleryTestWorker
+from pytest_celery import CeleryTestSetup
 
 from concurrency_safe import LockAcquireTimeout
 from concurrency_safe.testing.celery import (
@@ -44,7 +44,16 @@ def celery_worker_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_da
     return "bank_app"
 
 
-def test_a_task_is_guarded_also_after_a_crash_of_its_worker(
+def processes_of(name: str) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if name.encode() in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
+
+
+def test_a_task_is_guarded_also_after_a_crash_and_no_process_is_left(
     celery_setup: CeleryTestSetup, worker_database: str
 ) -> None:
     assert celery_setup.ready(ping=True)
@@ -64,19 +73,7 @@ def test_a_task_is_guarded_also_after_a_crash_of_its_worker(
     assert sent.get(timeout=10) == 60
     celery_setup.worker.assert_log_exists("lock 'withdraw:7' is taken")
 
-
-def processes_of(name: str) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if name.encode() in (process / "cmdline").read_bytes():
-                found.append(process.name)
-    return found
-
-
-def test_no_process_of_a_worker_outlives_its_test(celery_worker: CeleryTestWorker) -> None:
-    assert len(processes_of(celery_worker.hostname())) == 1 + 2  # the worker, and its children
-
-    celery_worker.teardown()
-
-    assert processes_of(celery_worker.hostname()) == []
+    node = celery_setup.worker.hostname()
+    assert len(processes_of(node)) == 1 + 2  # the worker, and its children
+    celery_setup.worker.teardown()
+    assert processes_of(node) == []
