@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,9 @@ __all__ = ["db_name", "dsn", "fresh_library", "rival", "store"]  # fixtures, for
 os.environ["TESTS_BROKER_URL"] = broker_url()
 
 from tests.contrib.celery_tasks import BROKER, app
+
+#: Where the system has it: a worker ends also when the test run is killed.
+TETHER = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 OVERLAPS = """
 SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid < b.ctid
@@ -56,7 +60,9 @@ class Fleet:
         """Start a worker; wait until it says in its log that it is `ready`."""
         log_file = self.log_dir / f"{name}.log"
         with log_file.open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+            process = subprocess.Popen(
+                [*TETHER, *command], stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
         self.started.append(process)
         wait_for(lambda: process.poll() is not None or ready in log_file.read_text(), 30)
         assert process.poll() is None, self.logs()
