@@ -10,10 +10,10 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from concurrency_safe import instrumentation
 from concurrency_safe.conf import Settings, get_settings
@@ -51,11 +51,14 @@ if TYPE_CHECKING:
 
 Key = str | tuple[object, ...]
 
+_Stack: TypeAlias = "tuple[_Net, _Stack] | None"
+
 #: Whose work the running thread or task does: an adapter sets a task's id, so that a conflict can name the holder.
 current_work: ContextVar[str | None] = ContextVar("concurrency_safe_work", default=None)
 
-#: The locks that the running thread or task holds, innermost last. Weak: it must not keep a forgotten one alive.
-_stack: ContextVar[tuple[_Net, ...]] = ContextVar("concurrency_safe", default=())
+#: The locks that the running thread or task holds: the innermost, and the stack below it; None: it holds none. Weak:
+#: it must not keep a forgotten one alive.
+_stack: ContextVar[_Stack] = ContextVar("concurrency_safe", default=None)
 
 #: Locks acquired without a block: they are held until they are released, whether or not anybody keeps the result.
 _kept: set[HeldLock] = set()
@@ -414,7 +417,7 @@ class HeldLock:
     def _enter_context(self, *, keep: bool) -> None:
         self._active = True
         if self._net is not None:  # pragma: no branch - it is None once the lock was left
-            _stack.set((*_stack.get(), self._net))
+            _stack.set((self._net, _stack.get()))
         if keep:
             _kept.add(self)
 
@@ -478,7 +481,7 @@ class HeldLock:
         self._footing.lock = None
         if net is not None:
             _nets.discard(net)
-            _stack.set(tuple(other for other in _stack.get() if other is not net))
+            _stack.set(_without(net, _stack.get()))
         _kept.discard(self)
 
     # Loss.
@@ -568,13 +571,31 @@ def _catch(net: _Net) -> None:
     undo(net.footing)
 
 
-def current_lock() -> HeldLock | None:
-    """Give the innermost lock that the running thread or task holds, or None."""
-    for reference in reversed(_stack.get()):
+def _without(net: _Net, stack: _Stack) -> _Stack:
+    above: list[_Net] = []
+    while stack is not None:
+        top, stack = stack
+        if top is net:
+            break
+        above.append(top)
+    for one in reversed(above):
+        stack = (one, stack)
+    return stack
+
+
+def _active_locks() -> Iterator[HeldLock]:
+    """Give the locks that the running thread or task holds, the innermost first."""
+    stack = _stack.get()
+    while stack is not None:
+        reference, stack = stack
         held = reference()
         if held is not None and held.is_active:
-            return held
-    return None
+            yield held
+
+
+def current_lock() -> HeldLock | None:
+    """Give the innermost lock that the running thread or task holds, or None."""
+    return next(_active_locks(), None)
 
 
 def assert_locked(*keys: Key) -> None:
@@ -582,11 +603,11 @@ def assert_locked(*keys: Key) -> None:
 
     Raises: LockNotHeld: it doesn't. LockLost: it did, and the lock went away.
     """
-    active = [held for held in (reference() for reference in _stack.get()) if held is not None and held.is_active]
+    active = list(_active_locks())
     if not keys:
         if not active:
             raise LockNotHeld("no lock is held here; call this inside `with lock(...)` or a guarded function")
-        active[-1].check()
+        active[0].check()
     namespace = get_settings().namespace if keys else ""
     for key in keys:
         wanted = lock_key(key, namespace)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import psycopg
+from django.conf import settings
 from django.db import connection, transaction
 
 from concurrency_safe import HeldLock, lock
@@ -19,7 +20,8 @@ from concurrency_safe.postgres.backend import PostgresBackend
 
 
 def _close() -> None:
-    connection.close()  # the running thread's
+    if settings.configured:
+        connection.close()  # the running thread's
 
 
 class Interrupt(BaseException):
@@ -28,6 +30,8 @@ class Interrupt(BaseException):
 
 class Actor(Protocol):
     """Somebody who acquires and releases: a thread or a task of its own, so an owner of its own."""
+
+    started: bool
 
     async def acquire(self, *keys: Any, **options: Any) -> HeldLock: ...
     async def release(self, held: HeldLock) -> None: ...
@@ -46,11 +50,15 @@ class ThreadActor:
         self.world = world
         self.executor = ThreadPoolExecutor(1)
         self.doing: asyncio.Future[Any] | None = None
+        #: Whether it has begun to acquire: only then an interrupt is its own to handle.
+        self.started = False
         self.thread = self.executor.submit(threading.current_thread).result()
 
     async def _do(self, work: Callable[[], Any]) -> Any:
         self.doing = asyncio.get_running_loop().run_in_executor(self.executor, work)
-        return await asyncio.shield(self.doing)
+        result = await asyncio.shield(self.doing)
+        self.doing = None  # or it would keep a lock that the test wants to forget
+        return result
 
     @property
     def busy(self) -> bool:
@@ -59,6 +67,7 @@ class ThreadActor:
     async def acquire(self, *keys: Any, **options: Any) -> HeldLock:
         def work() -> HeldLock | Interrupt:
             try:
+                self.started = True
                 return lock(*keys, **self.world.options(options)).acquire()
             except Interrupt as interrupt:  # no thread of an executor survives it
                 return interrupt
@@ -114,6 +123,8 @@ class TaskActor:
         self.world = world
         self.work: asyncio.Queue[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]] | None] = asyncio.Queue()
         self.doing: asyncio.Future[Any] | None = None
+        #: Whether it has begun to acquire: only then an interrupt is its own to handle.
+        self.started = False
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -125,26 +136,33 @@ class TaskActor:
                 answer.set_exception(Interrupt())
             except Exception as error:  # noqa: BLE001 - the answer's
                 answer.set_exception(error)
+            del item, work, answer
 
     async def _do(self, work: Callable[[], Awaitable[Any]]) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.doing = answer
         await self.work.put((work, answer))
-        return await asyncio.shield(answer)
+        result = await asyncio.shield(answer)
+        self.doing = None  # or it would keep a lock that the test wants to forget
+        return result
 
     @property
     def busy(self) -> bool:
         return self.doing is not None and not self.doing.done()
 
     async def acquire(self, *keys: Any, **options: Any) -> HeldLock:
-        held: HeldLock = await self._do(lambda: lock(*keys, **self.world.options(options)).aacquire())
+        async def work() -> HeldLock:
+            self.started = True
+            return await lock(*keys, **self.world.options(options)).aacquire()
+
+        held: HeldLock = await self._do(work)
         return held
 
     async def release(self, held: HeldLock) -> None:
         await self._do(held.arelease)
 
     def interrupt(self) -> None:
-        self.task.cancel()
+        self.task.get_loop().call_soon_threadsafe(self.task.cancel)  # also from another thread
 
     async def leave(self) -> None:
         await self.work.put(None)
