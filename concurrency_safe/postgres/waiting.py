@@ -70,7 +70,7 @@ if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(fd, (select.POLLIN if events & READ else 0) | (select.POLLOUT if events & WRITE else 0))
         # Rounded up, or the last millisecond of a deadline would be spent spinning.
-        return bool(poll.poll(timeout * 1000 + 0.999))
+        return bool(poll.poll(timeout * 1000 + 0.999 if timeout else 0))
 
 else:  # pragma: no cover - platforms without poll(): Windows, and eventlet's patched select
 
