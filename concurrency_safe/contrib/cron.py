@@ -1,0 +1,185 @@
+"""Cron jobs that are started on every host, and run on one: `cron_guard` for functions, `GuardedCommand` for Django."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
+
+from django.core.management.base import BaseCommand, CommandError
+
+from concurrency_safe.conf import get_settings
+from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockLost, LockUnavailable
+from concurrency_safe.core.options import is_number
+from concurrency_safe.core.policies import Skip
+from concurrency_safe.core.templates import KeyTemplate
+from concurrency_safe.guards import DIRECT, Guard, Verbs
+from concurrency_safe.locks import current_lock
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Exit statuses, by sysexits.h: EX_TEMPFAIL (another host runs it), EX_UNAVAILABLE (no lock store), and EX_PROTOCOL,
+#: which stands for a lock that was lost while the job ran.
+BUSY, NO_STORE, LOST = 75, 69, 76
+
+#: The verbosity from which a command says that it was skipped; cron mails every line.
+VERBOSE = 2
+
+
+def cron_guard(
+    key: Any,
+    *,
+    on_conflict: Any = "skip",
+    timeout: float | None = 0,
+    min_hold: float | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a job that is started on every host run on one.
+
+        @cron_guard("nightly-report", min_hold=30)
+        def nightly_report(): ...
+
+    `key` and `on_conflict`: see `Guard`; a skipped call returns None. `timeout`: seconds to wait for the host that
+    runs it; 0 tries once; None waits for ever. `min_hold`: seconds that the lock is kept at least, past the body's end
+    if need be, so that a host whose clock is late finds it taken: more than the hosts' clocks differ, less than the
+    time between two runs. None and 0: no longer than the body runs. A process that is killed keeps nothing.
+
+    Raises: ConfigurationError, KeyTemplateError: at decoration. By the call: what `Guard.run` raises.
+    """
+    if min_hold is not None and not is_number(min_hold, at_least=0):
+        raise ConfigurationError(f"cron_guard({key!r}): min_hold={min_hold!r} is not a number of seconds >= 0, or None")
+    guard = Guard(key, on_conflict=on_conflict, timeout=timeout)
+
+    def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+        guarded = guard(fn)  # refuses what can't be guarded
+        return guard(_slow_to_leave(fn, min_hold)) if min_hold else guarded
+
+    return decorate
+
+
+def _slow_to_leave(fn: Callable[P, R], seconds: float) -> Callable[P, R]:
+    """Let every call of `fn` last `seconds` at least, unless it is interrupted or the lock is lost."""
+    if inspect.iscoroutinefunction(fn):
+
+        @wraps(fn)
+        async def slow_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
+            until = time.monotonic() + seconds
+            try:
+                result = await fn(*args, **kwargs)
+            except Exception:
+                await _arest(until)
+                raise
+            await _arest(until)
+            return result
+
+        return cast("Callable[P, R]", slow_coroutine)  # R is an awaitable here
+
+    @wraps(fn)
+    def slow(*args: P.args, **kwargs: P.kwargs) -> R:
+        until = time.monotonic() + seconds
+        try:
+            result = fn(*args, **kwargs)
+        except Exception:
+            _rest(until)
+            raise
+        _rest(until)
+        return result
+
+    return slow
+
+
+def _rest(until: float) -> None:
+    held, lost = current_lock(), threading.Event()
+    if held is None or not get_settings().enabled:
+        return
+    held.on_lost(lambda _: lost.set())
+    if not held.is_lost:
+        lost.wait(max(0.0, until - time.monotonic()))
+
+
+async def _arest(until: float) -> None:
+    held, lost = current_lock(), asyncio.Event()
+    if held is None or not get_settings().enabled:
+        return
+    held.on_lost(lambda _: lost.set())
+    if not held.is_lost:
+        await asyncio.wait([asyncio.ensure_future(lost.wait())], timeout=max(0.0, until - time.monotonic()))
+
+
+class GuardedCommand(BaseCommand):
+    """A management command that runs once at a time, on whatever host it is started.
+
+        class Command(GuardedCommand):
+            lock_key = "nightly-report:{shop}"
+
+            def handle(self, *args, shop, **options): ...
+
+    `lock_key`: a template whose fields are the command's options, a tuple of such parts, or a method that gets them.
+    `lock_timeout`: seconds to wait; 0 tries once; None waits for ever. `on_conflict`: "raise" (exit status 75), "skip"
+    (exit status 0; it says so from `--verbosity 2` on), a method that gets the options, or a policy value.
+
+    Exit status, and `returncode` of the `CommandError` that `call_command` raises: 75 when another one runs, 69 when
+    the lock store can't be used (the command did not run), 76 when the lock was lost while it ran.
+    """
+
+    lock_key: ClassVar[Any] = None
+    lock_timeout: ClassVar[float | None] = 0
+    on_conflict: ClassVar[Any] = "raise"
+
+    def execute(self, *args: Any, **options: Any) -> str | None:
+        """Run the command, its checks included, under its lock.
+
+        Raises: CommandError, ConfigurationError, KeyTemplateError.
+        """
+        name = type(self).__module__.rpartition(".")[2]
+        if self.lock_key is None or self.lock_key is True:
+            raise ConfigurationError(
+                f"the command {name} has lock_key={self.lock_key!r}; give it a text, which may name its options: "
+                f'lock_key = "{name}:{{shop}}"'
+            )
+        guard = Guard(self.lock_key, timeout=self.lock_timeout, on_conflict=self.on_conflict)
+        output: str | None = self.run_guarded(guard, super().execute, *args, **options)
+        return output
+
+    def run_guarded(self, guard: Guard, body: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call `body`, guarded; what keeps it from running becomes a `CommandError` with the exit status for it."""
+
+        def skip(policy: Skip, conflict: LockAcquireTimeout) -> Any:
+            if options.get("verbosity", 1) >= VERBOSE:
+                self.stderr.write(f"skipped: {conflict}")
+            return policy.result
+
+        verbs = Verbs(retry=DIRECT.retry, skip=skip)
+        with _exit_statuses() as entered:
+
+            def enter(*args: Any, **options: Any) -> Any:
+                entered.set()
+                return body(*args, **options)
+
+            return guard.run_as(KeyTemplate(guard.key, body), enter, args, options, verbs)
+
+
+@contextmanager
+def _exit_statuses() -> Iterator[threading.Event]:
+    """Give the errors of a lock their exit statuses. The block sets the event when the body begins.
+
+    From then on a conflict, or a store that is down, is an error of the body's own.
+    """
+    entered = threading.Event()
+    try:
+        yield entered
+    except LockAcquireTimeout as error:
+        if entered.is_set():
+            raise
+        raise CommandError(str(error), returncode=BUSY) from error
+    except LockUnavailable as error:
+        if entered.is_set():
+            raise
+        raise CommandError(f"not run: {error}", returncode=NO_STORE) from error
+    except LockLost as error:
+        raise CommandError(str(error), returncode=LOST) from error
