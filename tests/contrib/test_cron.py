@@ -213,11 +213,12 @@ def test_a_skipped_command_is_a_quiet_success(manage: Run, rival: Rival) -> None
 
 def test_the_exit_status_is_the_commands_own(manage: Run) -> None:
     running = [
-        (manage("guarded", "plain", "--status", "42"), 42, ""),
-        (manage("guarded", "plain", "--error", "43"), 43, "CommandError: of its own"),
+        (manage("guarded", "plain", "--status", "42", "--lock-key", "a"), 42, ""),
+        (manage("guarded", "--lock-key", "b", "plain", "--error", "43"), 43, "CommandError: of its own"),
         (manage("nightly", "--error", "44"), 44, "CommandError: of its own"),
         (manage("guarded", "plain", "--no-such-option"), 2, "unrecognized arguments: --no-such-option"),
         (manage("guarded", "plain", "--wait=soon"), 2, "is not a number of seconds"),
+        (manage("guarded", "--lock-key", "c"), 2, "name the command"),
         (manage("guarded", "nosuchcommand"), 1, "Unknown command: 'nosuchcommand'"),
     ]
     for process, expected, message in running:
@@ -234,7 +235,7 @@ def test_the_lock_key_may_stand_before_or_behind_the_command(manage: Run, rival:
     ]
     free = manage("guarded", "--lock-key", "free", "plain", "--", "--", "--lock-key")
     assert [end(process)[0] for process in busy] == [75, 75]
-    assert end(free)[:2] == (0, "ran --lock-key\n")
+    assert end(free) == (0, "ran --lock-key\n", "")
 
 
 def test_a_command_can_wait(manage: Run, rival: Rival, store: LockStore) -> None:

@@ -6,7 +6,7 @@ import math
 from argparse import REMAINDER, ArgumentTypeError
 from typing import TYPE_CHECKING, Any
 
-from django.core.management import ManagementUtility, call_command
+from django.core.management import CommandError, ManagementUtility, call_command
 
 from concurrency_safe.contrib.cron import GuardedCommand
 from concurrency_safe.guards import Guard
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
 
 _VALUED = "--lock-key"
+
+#: The exit status of a command line that is wrong, as argparse has it.
+USAGE = 2
 
 
 class Command(GuardedCommand):
@@ -36,8 +39,10 @@ class Command(GuardedCommand):
             default=0.0,
             help="wait until it is free; with =SECONDS at most so long (default: try once)",
         )
-        parser.add_argument("guarded_command", metavar="COMMAND")
-        parser.add_argument("arguments", metavar="ARGS", nargs=REMAINDER, help="the command's own; -- ends our options")
+        # One list: argparse would let the name take a `--` that stands behind it.
+        parser.add_argument(
+            "command_line", metavar="COMMAND [ARGS]", nargs=REMAINDER, help="a -- ends our options among the ARGS"
+        )
 
     def run_from_argv(self, argv: list[str]) -> None:
         """Take our options before the command's name or behind it."""
@@ -48,17 +53,19 @@ class Command(GuardedCommand):
 
         Raises: CommandError, SystemExit: the command's own exit.
         """
-        key = options["lock_key"] or options["guarded_command"]
+        if not options["command_line"]:
+            raise CommandError("name the command to run: manage.py guarded clearsessions", returncode=USAGE)
+        key = options["lock_key"] or options["command_line"][0]
         wait = options["wait"]
         guard = Guard(lambda *_args, **_options: key, timeout=None if math.isinf(wait) else wait)
         self.run_guarded(guard, self._run, *args, **options)
 
-    def _run(self, *_args: Any, guarded_command: str, arguments: list[str], **options: Any) -> None:
+    def _run(self, *_args: Any, command_line: list[str], **options: Any) -> None:
         if getattr(self, "_called_from_command_line", False):  # BaseCommand sets it
-            utility = ManagementUtility(["manage.py", guarded_command, *arguments])
-            utility.fetch_command(guarded_command).run_from_argv(utility.argv)
+            utility = ManagementUtility(["manage.py", *command_line])
+            utility.fetch_command(command_line[0]).run_from_argv(utility.argv)
         else:
-            call_command(guarded_command, *arguments, stdout=options.get("stdout"), stderr=options.get("stderr"))
+            call_command(*command_line, stdout=options.get("stdout"), stderr=options.get("stderr"))
 
 
 def _ours_first(arguments: list[str]) -> list[str]:
