@@ -10,7 +10,7 @@ import random
 import time
 from typing import Any
 
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from celery.exceptions import Retry as CeleryRetry
 
 from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
@@ -80,6 +80,8 @@ def _send(task: Any, delay: float, headers: dict[str, Any]) -> Any:
     signature = task.signature_from_request(request, countdown=delay, retries=request.retries, headers=headers)
     try:
         signature.apply_async()
+    except SoftTimeLimitExceeded:
+        raise  # the task's own business, not the broker's
     except Exception as error:
         # With acks_late the message is still the broker's, and comes back; else Celery marks the task as failed.
         raise Reject(error, requeue=bool(task.acks_late)) from error
