@@ -1,8 +1,8 @@
 """Settings of the example: two addresses from the environment, and one line for the library.
 
 `DATABASE_URL` and `CELERY_BROKER_URL` say where PostgreSQL and the broker are; the defaults are the
-services of `docker-compose.yml`. `CELERY_QUEUE` names the queue, for a broker that others use as
-well.
+services of `docker-compose.yml`. `DRAMATIQ_BROKER_URL` is Dramatiq's Redis where Celery has another
+broker. `CELERY_QUEUE` and `DRAMATIQ_QUEUE` name the queues, for a broker that others use as well.
 """
 
 from __future__ import annotations
@@ -51,3 +51,6 @@ CELERY_TASK_DEFAULT_QUEUE = os.environ.get("CELERY_QUEUE", "concurrency_safe_exa
 CELERY_TASK_ACKS_LATE = True
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_RESULT_EXPIRES = 600
+
+DRAMATIQ_BROKER_URL = os.environ.get("DRAMATIQ_BROKER_URL", "redis://127.0.0.1:6379/0")
+DRAMATIQ_QUEUE = os.environ.get("DRAMATIQ_QUEUE", "concurrency_safe_example")

@@ -15,19 +15,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from celery.exceptions import TimeoutError as NoResult
+from dramatiq.results import ResultError
 
 from example.demo.processes import ROOT, DemoError
 
 if TYPE_CHECKING:
     from celery import Task
     from celery.result import AsyncResult
+    from dramatiq import Actor, Message
 
 #: Seconds of waiting that count as a conflict: well over the cost of a free lock, well under the
 #: work in the section.
 WAITED = 0.010
 #: Seconds until a client of the web server gives up on its request, new tries after a 409 included.
 PATIENCE = 10.0
-#: Seconds until the crowd of tasks gives up as a whole.
+#: Seconds until the crowd of tasks, or of actors, gives up as a whole.
 LIMIT = 30.0
 
 
@@ -166,3 +168,19 @@ def _result(result: AsyncResult[bool], deadline: float) -> Answer:
     if isinstance(value, BaseException):
         return Answer(None, trouble=f"{type(value).__name__}: {value}")
     return Answer(value)
+
+
+def by_actors(actor: Actor[[str], bool], sku: str, load: Load) -> Told:
+    """Send `load.requests` messages to the workers and wait for their results."""
+    began = time.monotonic()
+    sent = [actor.send(sku) for _ in range(load.requests)]
+    answers = [_result_of_actor(message, began + LIMIT) for message in sent]
+    return Told(answers, time.monotonic() - began)
+
+
+def _result_of_actor(message: Message[bool], deadline: float) -> Answer:
+    left = max(1.0, deadline - time.monotonic())
+    try:
+        return Answer(message.get_result(block=True, timeout=int(left * 1000)))
+    except ResultError as error:
+        return Answer(None, trouble=f"{type(error).__name__}: {error}")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from example.demo.clients import by_scripts, by_tasks, over_http
+from example.demo.clients import by_actors, by_scripts, by_tasks, over_http
 from example.demo.verdict import Row, overlaps
-from example.stock import tasks
+from example.stock import actors, tasks
 from example.stock.models import Product
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def doors(port: int) -> list[Door]:
         Door("scripts, with lock(...)", "script", by_scripts),
         Door("task, unguarded", "task", partial(by_tasks, tasks.buy_unguarded), guarded=False),
         Door("task, ConcurrencySafeTask", "task-guarded", partial(by_tasks, tasks.buy_guarded)),
+        Door("actor, unguarded", "actor", partial(by_actors, actors.buy_unguarded), guarded=False),
+        Door("actor, lock_key=...", "actor-guarded", partial(by_actors, actors.buy_guarded)),
     ]
 
 

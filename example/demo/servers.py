@@ -48,6 +48,31 @@ def broker() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
+def actor_broker(celery_url: str) -> Iterator[str]:
+    """Yield the address of a Redis for the actors: the given one, Celery's, or one of our own."""
+    given = os.environ.get("DRAMATIQ_BROKER_URL", celery_url)
+    if given.startswith("redis"):
+        yield given
+    else:
+        with ValkeyServer() as server:
+            yield server.url
+
+
+@contextmanager
+def actor_queue() -> Iterator[None]:
+    """Delete this run's queue of actors in the end."""
+    from example.actors import broker as dramatiq_broker  # noqa: PLC0415 - it needs the addresses
+
+    try:
+        yield
+    finally:
+        dramatiq_broker.flush_all()
+        for key in dramatiq_broker.client.scan_iter(f"dramatiq:*{RUN}*"):
+            dramatiq_broker.client.delete(key)
+        dramatiq_broker.client.close()
+
+
+@contextmanager
 def queue(app: Celery) -> Iterator[None]:
     """Delete this run's queue in the end: the broker may be someone else's."""
     _check_broker(app)

@@ -27,6 +27,8 @@ DOORS = {
     "scripts, with lock(...)": True,
     "task, unguarded": False,
     "task, ConcurrencySafeTask": True,
+    "actor, unguarded": False,
+    "actor, lock_key=...": True,
 }
 
 
