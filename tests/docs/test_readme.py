@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import dramatiq
 import pytest
 from celery import current_app
 from django.db import connection, models
 from django.test import RequestFactory
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import AsyncIO
 
 from concurrency_safe import LockAcquireTimeout
 from concurrency_safe.conf import Settings
@@ -48,10 +51,14 @@ def readme(dsn: str, rival: Rival) -> Iterator[dict[str, Any]]:
         Account.objects.create(user_id=7, balance=100)
         Product.objects.create(sku="ABC", stock=10)
         names: dict[str, Any] = {"Account": Account, "Product": Product, "DSN": dsn}
+        stub = StubBroker(middleware=[AsyncIO()])
+        dramatiq.set_broker(stub)
+        stub.emit_before("worker_boot", None)
         names["__name__"] = f"readme_{id(names)}"  # Celery names tasks by it
         for block in BLOCKS:
             exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - what it is for
         yield names
+        stub.emit_after("worker_shutdown", None)
     finally:
         with connection.schema_editor() as editor:
             editor.delete_model(Account)
@@ -109,6 +116,17 @@ def test_the_tasks_run_and_share_the_key(readme: dict[str, Any], rival: Rival) -
     rival.hold("withdraw:user:7")
     with pytest.raises(LockAcquireTimeout):
         readme["withdraw_later"].apply((7, 10)).get()
+
+
+def test_the_actors_run_and_share_the_key(readme: dict[str, Any], rival: Rival) -> None:
+    assert readme["withdraw_by_actor"](7, 10) is True
+    assert readme["restock_by_actor"]("ABC", 3) == 3
+
+    rival.hold("withdraw:user:7")
+    rival.hold("stock:ABC")
+    with pytest.raises(LockAcquireTimeout):
+        readme["withdraw_by_actor"](7, 10)
+    assert readme["restock_by_actor"]("ABC", 3) is None
 
 
 def test_the_guard_skips(readme: dict[str, Any], rival: Rival) -> None:
