@@ -104,7 +104,7 @@ def succeeded(data: dict[str, Any], result: object) -> None:
     note("succeeded", f"{data['message_id']} {result}")
 
 
-#: On RabbitMQ a worker looks for delayed messages once a second: by retries alone, few of a crowd get their turn.
+#: A crowd on one key is done sooner when its messages wait a little: those that come back meet one another again.
 guarding = {"lock_timeout": 0.06, "on_failure": "failed", "store_results": True, "max_retries": 0}
 
 

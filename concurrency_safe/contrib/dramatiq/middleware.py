@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from dramatiq.asyncio import async_to_sync
+from dramatiq.common import q_name
 from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
 from dramatiq.results import ResultFailure, ResultMissing
 
@@ -32,6 +33,9 @@ logger = logging.getLogger("concurrency_safe")
 
 #: The message that this thread processes, until its actor is entered.
 _arriving: ContextVar[Any] = ContextVar("concurrency_safe_message", default=None)
+
+#: Milliseconds that a worker with nothing to do lets pass before it looks into such a queue again.
+LOOK = 200
 
 #: The attribute of an actor's function that is guarded.
 _GUARDED = "concurrency_safe_body"
@@ -93,9 +97,24 @@ class ConcurrencySafeMiddleware(Middleware):
         skips.removeFilter(_is_news)
         skips.addFilter(_is_news)
 
+    def after_consumer_thread_boot(self, broker: Any, thread: Any) -> None:
+        """Let a worker look more often into queues to which messages come back.
+
+        By default those of a whole second come at once, and meet one another again.
+        """
+        queue = q_name(thread.queue_name)
+        if any(actor.queue_name == queue and _comes_back(actor) for actor in broker.actors.values()):
+            thread.worker_timeout = min(thread.worker_timeout, LOOK)
+
     def after_worker_shutdown(self, broker: Any, worker: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Close the sessions."""
         close_idle_sessions()
+
+
+def _comes_back(actor: Any) -> bool:
+    """Say whether conflicts send an actor's messages back to their queue."""
+    body = getattr(options.body_of(actor)[0], _GUARDED, None)
+    return body is not None and body.comes_back
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -139,6 +158,11 @@ class _Body:
         self._inner: Callable[..., Any] = inner if inner is not None and self._is_async else fn
         self._options = options.declared(actor, foreign)
         self._declared = options.build(actor, self._inner, self._options)
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether a conflict sends a message back to the queue."""
+        return self._declared is not None and isinstance(self._declared[0].policy, Retry)
 
     def guarded(self) -> Callable[..., Any]:
         """Give the function that takes its place."""
