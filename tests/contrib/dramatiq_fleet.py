@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -43,10 +44,17 @@ class Workers(Fleet):
             "TESTS_RESULT_URL": broker_url(),
         }
 
-    def start(self, processes: int = 2, threads: int = 4, *arguments: str, program: str = "dramatiq") -> Any:
+    def start(
+        self,
+        processes: int = 2,
+        threads: int = 4,
+        *,
+        program: str = "dramatiq",
+        module: str = "tests.contrib.dramatiq_actors",
+    ) -> subprocess.Popen[bytes]:
         """Start a worker; wait until it takes messages."""
-        command = [sys.executable, "-m", program, "tests.contrib.dramatiq_actors"]
-        command += ["--processes", str(processes), "--threads", str(threads), "--queues", self.queue, *arguments]
+        command = [sys.executable, "-m", program, module]
+        command += ["--processes", str(processes), "--threads", str(threads), "--queues", self.queue]
         name = f"d{len(self.started)}-{uuid.uuid4().hex[:6]}"
         worker = self.launch(name, command, "ready for action")
         log = self.log_dir / f"{name}.log"
