@@ -310,7 +310,10 @@ def test_a_store_that_stops_under_load_lets_no_body_run_and_loses_no_task(own_fl
     assert all(result == number for number, result in results if not isinstance(result, LockLost))
     assert LOAD - len(lost) <= fleet.runs(tasks.acked_late.name) <= LOAD
     assert fleet.overlaps(tasks.acked_late.name, same_key=True) == 0
-    assert fleet.count("SELECT count(*) FROM intervals WHERE started > %s AND started < %s", stopped, started) == 0
+    begun = "SELECT count(*) FROM intervals WHERE started > %s AND started < %s"
+    # One that was granted its lock just before may begin just after; it is told of the loss.
+    assert fleet.count(begun, stopped, started) <= len(lost)
+    assert fleet.count(begun, stopped + dt.timedelta(seconds=0.5), started) == 0
 
 
 def test_a_message_delivered_twice_runs_once(worker_database: str, tmp_path: Path) -> None:
