@@ -204,9 +204,7 @@ class PostgresBackend:
         try:
             yield from session.end()
         finally:
-            borrower.session = None
-            if session.user is borrower:
-                session.user = None
+            borrower.session = session.user = None
             self.pool.forget(session)
 
     def conflict(self, borrower: Borrower, request: Request) -> Steps[str | None]:
@@ -230,9 +228,7 @@ class PostgresBackend:
 
     def is_lost(self, hold: Hold) -> bool:
         """Say, without a query, whether the session of `hold` was cut."""
-        session: LockSession | None = hold.session
-        if session is None:
-            return False
+        session: LockSession = hold.session
         with self.pool.mutex:
             lost = session.dead or (session.user is None and session.is_dead())
         if lost:
@@ -273,8 +269,7 @@ def _numbers(request: Request) -> tuple[int, ...]:
 def _by_session(holds: Sequence[Hold]) -> dict[LockSession, list[Hold]]:
     sessions: dict[LockSession, list[Hold]] = {}
     for hold in holds:
-        if hold.session is not None:
-            sessions.setdefault(hold.session, []).append(hold)
+        sessions.setdefault(hold.session, []).append(hold)
     return sessions
 
 

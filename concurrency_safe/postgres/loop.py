@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+#: Seconds of a wait without end: a rule looks around when it is over, and waits again.
+A_LONG_TIME = 3600.0
+
 #: Clean-ups under way; kept, since an event loop has weak references to its tasks only.
 _finishing: set[asyncio.Future[Any]] = set()
 
@@ -68,11 +71,11 @@ async def _wait(want: Wait) -> bool:
     if isinstance(want, CallWait):
         await loop.run_in_executor(None, want.call)
         return True
-    left = None if want.until is None else max(0.0, want.until - time.monotonic())
+    left = A_LONG_TIME if want.until is None else max(0.0, want.until - time.monotonic())
     if isinstance(want, GateWait):
-        return bool(await want.gate.wait(3600.0 if left is None else left))
+        return bool(await want.gate.wait(left))
     ready: asyncio.Future[bool] = loop.create_future()
-    timer = None if left is None else loop.call_later(left, partial(_set, ready, came=False))
+    timer = loop.call_later(left, partial(_set, ready, came=False))
     if want.events & READ:
         loop.add_reader(want.fd, partial(_set, ready, came=True))
     if want.events & WRITE:
@@ -80,8 +83,7 @@ async def _wait(want: Wait) -> bool:
     try:
         return await ready
     finally:
-        if timer is not None:
-            timer.cancel()
+        timer.cancel()
         with contextlib.suppress(ValueError, OSError):  # the socket was closed meanwhile
             loop.remove_reader(want.fd)
             loop.remove_writer(want.fd)

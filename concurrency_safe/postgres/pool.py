@@ -174,11 +174,9 @@ class SessionPool:
 
 def _serves(session: LockSession, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:
     """Say whether `session`, when nobody uses it, will do."""
-    if session.dead:
-        return False
     held = session.held
-    if not held:
-        return True
+    if session.dead or not held:
+        return not session.dead
     return (
         session.home is borrower.home
         and session.name == name

@@ -78,11 +78,6 @@ class PooledSession(LockSession):
         result = yield from protocol.query(self.pgconn, b"COMMIT")
         return held and result.command_status == b"COMMIT"
 
-    def settle(self) -> Steps[None]:
-        """Give up: what is left of a transaction goes with its connection."""
-        yield from ()
-        raise protocol.ServerGoneError("the transaction of a lock was interrupted")
-
     def holders(self, statement: sql.Statement, numbers: Sequence[int]) -> Steps[PGresult]:
         """See `LockSession.holders`."""
         return protocol.query(self.pgconn, sql.inline(statement, numbers))

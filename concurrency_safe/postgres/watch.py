@@ -48,11 +48,7 @@ class _Watcher:
         fd = session.pgconn.socket
         self.sessions[fd] = (weakref.ref(session), pool)
         if self.epoll is not None:
-            events = select.EPOLLRDHUP | select.EPOLLONESHOT
-            try:
-                self.epoll.register(fd, events)
-            except FileExistsError:
-                self.epoll.modify(fd, events)
+            self.epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def run(self) -> None:
         while True:
@@ -73,7 +69,7 @@ class _Watcher:
         for fd, entry in list(self.sessions.items()):
             session, pool = entry[0](), entry[1]
             if session is None or session.dead:
-                if self.sessions.get(fd) is entry:  # the number may be another session's by now
+                if self.sessions.get(fd) is entry:  # pragma: no branch - the number may be another session's by now
                     del self.sessions[fd]
             elif session.held and session.used_at < due:
                 self.ask(session, pool)

@@ -19,7 +19,9 @@ from concurrency_safe import (
     LockNotHeld,
     LockReentrancyError,
     configure,
+    spaces,
 )
+from concurrency_safe.core.keys import lock_key, slot_numbers
 from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.memory import MemoryBackend
 from concurrency_safe.postgres.backend import PostgresBackend
@@ -56,9 +58,6 @@ async def queued(world: World, key: str, number: int) -> None:
     """Wait until `number` of our actors stand in the queue for `key`, here or in the server."""
 
     def count() -> int:
-        from concurrency_safe import spaces
-        from concurrency_safe.core.keys import lock_key
-
         claims = [space.claims for space in spaces._spaces.values()]
         backend = world.options({}).get("backend")
         if backend is not None:
@@ -320,7 +319,70 @@ async def a_loss_is_told(world: World) -> None:
         await one.release(held)
 
 
+async def another_host_holds_it(world: World) -> None:
+    if world.is_memory:
+        return
+    one, stranger = world.actor(), world.stranger()
+    pid = stranger.info.backend_pid
+    for keys in (("k",), ("k", "l")):
+        stranger.execute("SELECT pg_advisory_lock(%s)", [lock_key("k").number])
+        for timeout in (0, 0.1):
+            with pytest.raises(LockAcquireTimeout) as caught:
+                await one.acquire(*keys, timeout=timeout)
+            assert str(pid) in (caught.value.holder or "")
+        waiting = asyncio.create_task(one.acquire(*keys, timeout=10))
+        await until(lambda: world.rows(waiting=True) == 1)
+        stranger.execute("SELECT pg_advisory_unlock_all()")
+        await one.release(await waiting)
+        stranger.execute("SELECT pg_advisory_lock(%s)", [lock_key("k").number])
+        waiting = asyncio.create_task(one.acquire(*keys, timeout=None))
+        await until(lambda: world.rows(waiting=True) == 1)
+        one.interrupt()
+        with pytest.raises(Interrupt):
+            await waiting
+        await until(lambda: world.rows() == 1, 2)
+        stranger.execute("SELECT pg_advisory_unlock_all()")
+
+
+async def others_queue_on_other_hosts(world: World) -> None:
+    if world.is_memory:
+        return
+    one, holder, waiter = world.actor(), world.stranger(), world.stranger()
+    holder.execute("SELECT pg_advisory_lock(%s)", [lock_key("k").number])
+    queued_ = asyncio.create_task(
+        asyncio.to_thread(waiter.execute, "SELECT pg_advisory_lock(%s)", [lock_key("k").number])
+    )
+    await until(lambda: world.rows(waiting=True) == 1)
+    with pytest.raises(LockAcquireTimeout, match=r"1 wait for it already \(max_waiters=1\)"):
+        await one.acquire("k", timeout=None, max_waiters=1)
+    with pytest.raises(LockAcquireTimeout, match="gave up"):
+        await one.acquire("k", timeout=0.1, max_waiters=2)
+    holder.execute("SELECT pg_advisory_unlock_all()")
+    await queued_
+    waiter.execute("SELECT pg_advisory_unlock_all()")
+
+
+async def other_hosts_have_the_slots(world: World) -> None:
+    if world.is_memory or not world.has_slots:
+        return
+    one, stranger = world.actor(), world.stranger()
+    gate, *slots = slot_numbers(lock_key("outside"), 2)
+    for taken in ([gate], slots):
+        stranger.execute("SELECT pg_advisory_lock(n) FROM unnest(%s::bigint[]) n", [taken])
+        for timeout in (0, 0.1):
+            with pytest.raises(LockAcquireTimeout):
+                await one.acquire("outside", slots=2, timeout=timeout)
+        await until(lambda taken=taken: world.rows() == len(taken), 2)  # type: ignore[misc]  # binds the loop variable
+        waiting = asyncio.create_task(one.acquire("outside", slots=2, timeout=None))
+        await until(lambda taken=taken: world.rows() > len(taken))  # type: ignore[misc]  # see above
+        stranger.execute("SELECT pg_advisory_unlock_all()")
+        await one.release(await waiting)
+
+
 CASES: list[Case] = [
+    another_host_holds_it,
+    others_queue_on_other_hosts,
+    other_hosts_have_the_slots,
     one_holder,
     a_wait_ends_at_its_timeout,
     first_come_first_served,

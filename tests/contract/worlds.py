@@ -176,7 +176,10 @@ class World:
         self._actor = actor
         self._fixed = fixed
         self.actors: list[Actor] = []
+        self.dsn = dsn
         self.store = psycopg.connect(dsn, autocommit=True)
+        #: Others, which hold locks as another host would.
+        self.outside: list[psycopg.Connection[Any]] = []
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
         return {**self._fixed, **given}
@@ -201,6 +204,16 @@ class World:
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
 
+    @property
+    def is_memory(self) -> bool:
+        """Whether nobody outside this process can hold its locks."""
+        return isinstance(self._fixed.get("backend"), MemoryBackend)
+
+    def stranger(self) -> psycopg.Connection[Any]:
+        """Give a session of another host's."""
+        self.outside.append(psycopg.connect(self.dsn, autocommit=True))
+        return self.outside[-1]
+
     def actor(self) -> Actor:
         actor = self._actor(self)
         self.actors.append(actor)
@@ -221,6 +234,8 @@ class World:
             if actor.busy:  # the case has failed, and somebody waits still
                 actor.interrupt()
             await actor.leave()
+        for stranger in self.outside:
+            stranger.close()
         backend = self._fixed.get("backend")
         if backend is not None:
             backend.close()

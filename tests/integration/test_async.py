@@ -31,6 +31,9 @@ from concurrency_safe import (
     current_lock,
     lock,
 )
+from concurrency_safe.core.steps import GateWait, Steps
+from concurrency_safe.gates import gate_for
+from concurrency_safe.postgres.loop import finish
 from tests.integration.conftest import LockStore, Rival, wait_for
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -201,6 +204,35 @@ def test_a_transaction_in_a_task_is_no_tasks(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(LockInTransaction, match="async with"):
                 await lock("one").aacquire()
         connection.close()
+
+    asyncio.run(main())
+
+
+def test_a_release_inside_the_block(rival: Rival) -> None:
+    async def main() -> None:
+        async with lock("one") as held:
+            await held.arelease()
+            assert rival.is_free("one")
+        configure(enabled=False)
+        async with lock("one"):
+            assert rival.is_free("one")
+
+    asyncio.run(main())
+
+
+def test_a_clean_up_that_is_cancelled_itself_says_so() -> None:
+    """As when the event loop ends."""
+
+    def endless() -> Steps[None]:
+        yield GateWait(gate_for(asyncio.get_running_loop()), None)
+
+    async def main() -> None:
+        cleaning = asyncio.create_task(finish(endless()))
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), cleaning}:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cleaning
 
     asyncio.run(main())
 

@@ -142,11 +142,12 @@ with lock("gpu", slots=3):
 
 def test_slots_wait_in_order(store: LockStore) -> None:
     """The queue of a key with slots is the server's, too."""
+    store.connection.execute(CREATE_FENCE)
     held = [HeldSlot("gpu") for _ in range(2)]
     program = """
-configure(dsn=dsn, max_block=60)
-with lock("gpu", slots=2, timeout=None):
-    print(time.monotonic_ns())
+configure(dsn=dsn, max_block=60, fencing=True)
+with lock("gpu", slots=2, timeout=None) as held:
+    print(held.token)  # drawn in the statement of the grant
 """
     said: dict[int, str] = {}
     threads = []
@@ -159,8 +160,8 @@ with lock("gpu", slots=2, timeout=None):
         one.let_go()
     for thread in threads:
         thread.join()
-    times = [int(said[number]) for number in range(5)]
-    assert times == sorted(times)
+    tokens = [int(said[number]) for number in range(5)]
+    assert tokens == sorted(tokens)
 
 
 def gates(store: LockStore) -> int:

@@ -1,0 +1,232 @@
+"""Locks that share a session: what goes wrong with one of them leaves the others as they were, or tells them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from concurrency_safe import HeldLock, LockLost, LockUnavailable, lock
+from concurrency_safe.core.keys import lock_key
+from concurrency_safe.core.sessions import Request, StoreOptions
+from concurrency_safe.locks import _kept, undo
+from concurrency_safe.memory import MemoryBackend
+from concurrency_safe.ownership import Claim, Footing
+from concurrency_safe.postgres import pool as pools
+from concurrency_safe.postgres import watch as watchers
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.protocol import ServerGoneError
+from concurrency_safe.postgres.session import LockSession
+from concurrency_safe.postgres.waiting import drive
+from concurrency_safe.testing import PostgresServer
+from tests.integration.conftest import LockStore, Rival, wait_for
+from tests.servers.wire import Fault, Wire, cut, nonsense
+
+
+@pytest.fixture
+def wire(dsn: str) -> Iterator[Wire]:
+    one = Wire(dsn)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def backend(wire: Wire) -> Iterator[PostgresBackend]:
+    one = PostgresBackend(wire.dsn, StoreOptions())
+    yield one
+    one.close()
+
+
+def session_of(held: HeldLock) -> LockSession:
+    session = held._footing.claims[0].session
+    assert isinstance(session, LockSession)
+    return session
+
+
+def forget(held: list[HeldLock]) -> None:
+    """Lose the only reference to a lock, as when an exception hits the first line of `__exit__`."""
+    _kept.discard(held[0])
+    held.clear()
+    gc.collect()
+
+
+def test_an_acquisition_that_is_cut_off_leaves_the_others_on_its_session(
+    backend: PostgresBackend, rival: Rival, store: LockStore
+) -> None:
+    """Stopped as its statement is under way, and granted later: the session is cleaned, not closed."""
+    kept = lock("kept", backend=backend).acquire()
+    footing = Footing(None)
+    footing.backend = backend
+    request = Request((lock_key("one"),))
+    claim = Claim(request.keys[0], request, object(), footing)
+    acquiring = backend.acquire(footing, request, [claim])
+    next(acquiring)  # sent, and waits for the answer
+    acquiring.close()
+    drive(backend.undo(footing, [claim]))
+
+    assert rival.is_free("one")
+    assert not rival.try_hold("kept")
+    kept.check()
+    assert store.sessions() == 1
+    with lock("one", backend=backend):
+        assert store.rows() == 2
+    kept.release()
+
+
+def test_a_lock_forgotten_while_its_session_is_in_use_is_paid_for_later(backend: PostgresBackend, rival: Rival) -> None:
+    kept = lock("kept", backend=backend).acquire()
+    held = [lock("one", backend=backend).acquire()]
+    session, user = session_of(kept), Footing(None)
+    drive(backend.pool.take(user, session))
+    forget(held)
+    assert not rival.try_hold("one")
+    drive(backend.pool.free(user))
+    assert rival.is_free("one")
+    kept.release()
+
+
+def test_a_session_that_can_not_be_cleaned_is_closed_and_its_owners_are_told(
+    backend: PostgresBackend, wire: Wire, rival: Rival
+) -> None:
+    kept = lock("kept", backend=backend).acquire()
+    held = [lock("one", backend=backend).acquire()]
+    wire.fail(b"DEALLOCATE", cut)
+    forget(held)
+    assert kept.is_lost
+    with pytest.raises(LockLost):
+        kept.release()
+    wait_for(lambda: rival.is_free("one") and rival.is_free("kept"))
+
+
+def test_a_conflict_whose_turn_can_not_end_hides_nothing(backend: PostgresBackend, wire: Wire, rival: Rival) -> None:
+    """A lock was forgotten in the middle of it, and its session can't be cleaned."""
+    rival.hold("taken")
+    kept = lock("kept", backend=backend).acquire()
+    session, footing = session_of(kept), Footing(None)
+    request = Request((lock_key("taken"),), timeout=0)
+    assert drive(backend.acquire(footing, request, [Claim(request.keys[0], request, object(), footing)])) is None
+    session.debts.add((lock_key("one").number, False))
+    wire.fail(b"DEALLOCATE", cut)
+    assert str(rival.pid) in (drive(backend.conflict(footing, request)) or "")
+    assert kept.is_lost
+    with pytest.raises(LockLost):
+        kept.release()
+
+
+def test_a_lock_that_the_server_does_not_know_any_more_is_lost(backend: PostgresBackend) -> None:
+    """As when somebody else's pooler shared the session."""
+    held = lock("one", backend=backend).acquire()
+    session_of(held).pgconn.exec_(b"SELECT pg_advisory_unlock_all()")
+    with pytest.raises(LockLost):
+        held.release()
+
+
+def test_a_new_session_that_is_cut_at_once_is_unavailable(backend: PostgresBackend, wire: Wire) -> None:
+    wire.fail(b"cs_try", cut)
+    with pytest.raises(LockUnavailable), lock("one", backend=backend):
+        pytest.fail("the body ran unguarded")
+
+
+def test_a_turn_that_does_not_come_is_unavailable(backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "STALL", 0.1)
+    held = lock("one", backend=backend).acquire()
+    user, other = Footing(None), Footing(None)
+    session = session_of(held)
+    drive(backend.pool.take(user, session))
+    with pytest.raises(ServerGoneError, match="became free"):
+        drive(backend.pool.take(other, session))
+    drive(backend.pool.free(user))
+    held.release()
+
+
+def test_a_session_that_was_ended_is_dead(backend: PostgresBackend) -> None:
+    held = lock("one", backend=backend).acquire()
+    session = session_of(held)
+    session.discard()
+    assert session.is_dead()
+    assert held.is_lost
+    undo(held._footing)
+
+
+# Behind a pooler.
+
+
+@pytest.mark.parametrize("fault", [cut, nonsense])
+def test_a_pooler_that_fails_at_once_is_unavailable(wire: Wire, fault: Fault) -> None:
+    wire.fail(b"pg_is_in_recovery", fault)
+    backend = PostgresBackend(wire.dsn, StoreOptions(pooled=True))
+    with pytest.raises(LockUnavailable, match="refused a new session"), lock("one", backend=backend):
+        pytest.fail("the body ran unguarded")
+
+
+def test_a_standby_behind_a_pooler_is_refused() -> None:
+    with PostgresServer() as primary, primary.standby() as standby:
+        backend = PostgresBackend(standby.dsn, StoreOptions(pooled=True))
+        with pytest.raises(LockUnavailable, match="standby"), lock("one", backend=backend):
+            pytest.fail("the body ran unguarded")
+
+
+def test_a_waiter_behind_a_pooler_whom_an_operator_cancels_is_unavailable(
+    dsn: str, rival: Rival, store: LockStore
+) -> None:
+    backend = PostgresBackend(dsn, StoreOptions(pooled=True))
+    rival.hold("one")
+
+    def cancel() -> None:
+        wait_for(lambda: store.waiting() == 1)
+        store.connection.execute("SELECT pg_cancel_backend(pid) FROM pg_locks WHERE NOT granted")
+
+    canceling = threading.Thread(target=cancel)
+    canceling.start()
+    with pytest.raises(LockUnavailable, match="canceling"), lock("one", timeout=None, backend=backend):
+        pytest.fail("two holders")
+    canceling.join()
+    backend.close()
+
+
+# The watcher.
+
+
+def test_the_watcher_asks_a_quiet_holder_and_nobody_who_is_busy(backend: PostgresBackend) -> None:
+    held = lock("one", backend=backend).acquire()
+    session, watcher = session_of(held), watchers._watcher
+    assert watcher is not None
+    before = session.used_at
+    watcher.ask(session, backend.pool)
+    assert session.used_at > before
+    user = Footing(None)
+    drive(backend.pool.take(user, session))
+    watcher.ask(session, backend.pool)
+    assert session.user is user
+    drive(backend.pool.free(user))
+    held.release()
+
+
+def test_a_watcher_that_fails_goes_on(backend: PostgresBackend, caplog: pytest.LogCaptureFixture) -> None:
+    with lock("one", backend=backend):
+        watcher = watchers._watcher
+        assert watcher is not None
+
+        def fail() -> LockSession:
+            del watcher.sessions[-1]
+            raise ZeroDivisionError
+
+        with caplog.at_level(logging.ERROR):
+            watcher.sessions[-1] = (fail, backend.pool)  # type: ignore[assignment]  # stands for a bug of ours
+            wait_for(lambda: "the watcher of lock sessions failed" in caplog.text)
+        assert watcher.thread.is_alive()
+
+
+def test_a_claim_of_a_forgotten_lock_has_nobody_to_tell() -> None:
+    footing = Footing(None)
+    footing.lock = lambda: None
+    request = Request((lock_key("one"),))
+    Claim(request.keys[0], request, object(), footing).lose()
+
+
+def test_memory_has_no_holder_to_name() -> None:
+    request = Request((lock_key("one"),))
+    assert drive(MemoryBackend().conflict(Footing(None), request)) is None
