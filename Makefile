@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+# Seeds and seconds of each walk of `make chaos`.
+SEEDS ?= 1 2 3
+SECONDS ?= 300
+
 # Options for what a verb starts: make demo ARGS=--short, make test ARGS="tests/unit -k template".
 ARGS ?=
 PYTEST_ARGS ?= $(ARGS)
@@ -53,9 +57,11 @@ types: $(MADE) ## check the types: mypy for all the code, pyright for the public
 bench: $(MADE) ## measure guarded Celery tasks against unguarded ones (ARGS="--tasks 500")
 	$(TETHER) $(PY) -m benchmarks.celery_throughput $(ARGS)
 
-chaos: $(MADE) ## break things on purpose (not built yet)
+chaos: $(MADE) ## walk the state machine for long, against crashes, interrupts and cuts (SEEDS="1 2 3" SECONDS=300)
+	for seed in $(SEEDS); do $(TETHER) $(PY) -m tests.contract.machine --seed $$seed --seconds $(SECONDS) || exit 1; done
+
 docs: $(MADE) ## build the documentation (not built yet)
-chaos docs:
+docs:
 	@echo 'make $@: not built yet, so nothing was run' >&2; exit 1
 
 $(MADE): pyproject.toml constraints.txt $(BROKEN)

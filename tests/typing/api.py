@@ -47,7 +47,29 @@ kept.release()
 lock("k", timeout="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # a text is no duration
 lock(42)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # a number is no key
 
+lock("a", ("b", 1), shared=True, max_waiters=3)
+lock("gpu", slots=3)
+
+
+async def with_a_lock() -> None:
+    async with lock("k") as entered:
+        assert_type(entered, HeldLock)
+    acquired = await lock("k").aacquire()
+    assert_type(acquired, HeldLock)
+    await acquired.arelease()
+
+
 # @concurrency_safe keeps the signature.
+
+
+@concurrency_safe(key="report:{day}")
+async def summarize(day: str) -> int:
+    return len(day)
+
+
+async def summaries() -> None:
+    assert_type(await summarize("monday"), int)
+    assert_type(await Guard("report:{day}").arun(summarize, "monday"), int)
 
 
 @concurrency_safe(key="withdraw:user:{user_id}")
