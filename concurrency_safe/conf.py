@@ -130,7 +130,7 @@ def get_settings() -> Settings:
     """
     state = _state
     # A script may configure Django after its first lock.
-    if state.settings is None or (not state.with_django and django_is_configured()):
+    if state.settings is None or (not state.with_django and "django.conf" in sys.modules and django_is_configured()):
         state.with_django = django_is_configured()
         state.settings = Settings(**{**_from_environment(), **_from_django(), **state.configured})
     return state.settings

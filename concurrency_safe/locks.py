@@ -324,7 +324,7 @@ class HeldLock:
         timeout = settings.timeout if options.timeout is UNSET else options.timeout
         self._since = time.monotonic()
         request = Request(
-            tuple(sorted(self._keys, key=_by_number)),
+            self._keys if len(self._keys) == 1 else tuple(sorted(self._keys, key=_by_number)),
             options.shared,
             options.slots,
             None if timeout is None else self._since + timeout,
@@ -357,7 +357,9 @@ class HeldLock:
         if blocker is not None:
             raise self._conflict(request, _describe(blocker))
         if footing.fresh:  # else the owner holds all of it already
-            fresh = replace(request, keys=tuple(claim.key for claim in footing.fresh))
+            fresh = request
+            if len(footing.fresh) < len(request.keys):
+                fresh = replace(request, keys=tuple(claim.key for claim in footing.fresh))
             footing.token = yield from self._ask(space, fresh)
             space.claims.confirm(footing)
         else:

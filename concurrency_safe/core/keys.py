@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 from .canonical import canonical
@@ -45,14 +46,14 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
     if isinstance(key, str):
         # A lazy object, as Django's, is a str by its __class__ alone.
         text = check_text(key if issubclass(type(key), str) else str(key))
-        return LockKey(text, _number(namespace, b"text", [text]))
+        return LockKey(text, _number(namespace, b"text", text))
     if isinstance(key, tuple):
         if not key:
             raise KeyTemplateError('a key of no parts: give at least one, ("stock", sku)')
         parts = [check_text(part if isinstance(part, Rendered) else canonical(part)) for part in key]
         # Readable, and one text for one tuple: a part's own separators are escaped.
         text = "/".join(part.replace("\\", r"\\").replace("/", r"\/") for part in parts)
-        return LockKey(f"({text})", _number(namespace, b"parts", parts))
+        return LockKey(f"({text})", _number(namespace, b"parts", *parts))
     raise KeyTemplateError(f"a key is a text or a tuple of parts, not {type(key).__name__}: {key!r}")
 
 
@@ -62,7 +63,7 @@ def slot_numbers(key: LockKey, slots: int) -> tuple[int, ...]:
     Derived from the key's number, so namespace and text are in it; frozen like it.
     """
     texts = [str(key.number), *(f"{key.number}:{slot}" for slot in range(slots))]
-    return tuple(_number("", b"slot", [text]) for text in texts)
+    return tuple(_number("", b"slot", text) for text in texts)
 
 
 def check_text(text: str) -> str:
@@ -88,7 +89,8 @@ def check_text(text: str) -> str:
     return str.__str__(text)
 
 
-def _number(namespace: str, kind: bytes, texts: list[str]) -> int:
+@lru_cache(maxsize=512)
+def _number(namespace: str, kind: bytes, *texts: str) -> int:
     """Hash version, namespace, kind and texts, each with its length before it, so that no two inputs meet."""
     digest = blake2b(digest_size=8)
     for piece in (VERSION, namespace.encode(), kind, *(text.encode() for text in texts)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from functools import lru_cache
 from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
@@ -19,9 +20,14 @@ def session_name(work: str | None) -> str:
 
     `work`: whose work it is for (a task's id); None: it has no name.
     """
-    host = socket.gethostname().encode("ascii", "replace").decode()[:_HOST_BYTES]
-    name = f"cs:{host}:{os.getpid()}"
+    name = _process_name(os.getpid())
     return f"{name}:{short(work)}" if work else name
+
+
+@lru_cache(maxsize=1)
+def _process_name(pid: int) -> str:
+    host = socket.gethostname().encode("ascii", "replace").decode()[:_HOST_BYTES]
+    return f"cs:{host}:{pid}"
 
 
 def short(work: str) -> str:
