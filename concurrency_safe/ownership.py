@@ -34,7 +34,7 @@ LOOK_AGAIN = 0.25
 class Claim:
     """One owner's hold on one key, or its place in the queue for it."""
 
-    __slots__ = ("gone", "held", "key", "number", "owner", "session", "shared", "slots", "stands", "token", "work")
+    __slots__ = ("held", "key", "number", "owner", "session", "shared", "slots", "stands", "token", "work")
 
     def __init__(self, key: LockKey, request: Request, owner: object, footing: Footing) -> None:
         """Claim `key` for `owner`; nothing is owned yet."""
@@ -47,8 +47,6 @@ class Claim:
         self.stands = {footing}
         #: Whether the store has granted it.
         self.held = False
-        #: Whether it was given up.
-        self.gone = False
         #: The session that holds the lock in the store, or is about to.
         self.session: Any = None
         #: What is locked in the store: the key's number, or that of its slot.
@@ -239,12 +237,14 @@ class Ownership:
         """Take `footing` off its claims; give those that nobody stands on any more: the store must free them."""
         for claim in footing.claims:
             claim.stands.discard(footing)
-        return [claim for claim in footing.claims if not claim.stands and not claim.gone]
+        return [claim for claim in footing.claims if not claim.stands]
 
     def leave(self, claim: Claim) -> None:
-        """Give up the key, or the place in the queue; the first in the queue is the next to ask."""
+        """Give up the key, or the place in the queue; the first in the queue is the next to ask.
+
+        Twice is the same as once, since an interrupt may come between any two lines.
+        """
         with self._mutex:
-            claim.gone = True
             self._held.discard(claim)
             entry = self._entries.get(claim.key.number)
             if entry is None:

@@ -93,6 +93,28 @@ def test_a_callback_of_the_loop_is_no_task() -> None:
     assert asyncio.run(owner()) is threading.current_thread()
 
 
+@pytest.mark.parametrize("step", ["_advance", "leave"])
+def test_an_interrupt_as_a_lock_leaves_its_key_leaves_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was done before it is done once more."""
+
+    class Interrupt(BaseException):
+        pass
+
+    real, hits = getattr(Ownership, step), iter([True])
+
+    def interrupted(*arguments: object) -> object:
+        if next(hits, False):
+            raise Interrupt
+        return real(*arguments)
+
+    held = lock("one").acquire()
+    monkeypatch.setattr(Ownership, step, interrupted if step == "leave" else staticmethod(interrupted))
+    with pytest.raises(Interrupt):
+        held.release()
+    with lock("one", timeout=0):
+        pass
+
+
 def test_a_gate_may_be_opened_twice() -> None:
     gate = ThreadGate()
     gate.open()
