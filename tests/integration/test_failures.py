@@ -93,22 +93,26 @@ def test_a_callback_of_the_loop_is_no_task() -> None:
     assert asyncio.run(owner()) is threading.current_thread()
 
 
-@pytest.mark.parametrize("step", ["_advance", "leave"])
-def test_an_interrupt_as_a_lock_leaves_its_key_leaves_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_as_a_lock_leaves_its_key_leaves_nothing() -> None:
     """Whatever was done before it is done once more."""
 
     class Interrupt(BaseException):
         pass
 
-    real, hits = getattr(Ownership, step), iter([True])
+    class Interrupted(set[Claim]):
+        """Is interrupted as the first claim leaves it."""
 
-    def interrupted(*arguments: object) -> object:
-        if next(hits, False):
-            raise Interrupt
-        return real(*arguments)
+        hits = 0
+
+        def discard(self, claim: Claim) -> None:
+            self.hits += 1
+            if self.hits == 1:
+                raise Interrupt
+            super().discard(claim)
 
     held = lock("one").acquire()
-    monkeypatch.setattr(Ownership, step, interrupted if step == "leave" else staticmethod(interrupted))
+    assert held._space is not None
+    held._space.claims._held = Interrupted(held._space.claims._held)
     with pytest.raises(Interrupt):
         held.release()
     with lock("one", timeout=0):
