@@ -300,6 +300,15 @@ class HeldLock:
         """
         self._callbacks = (*self._callbacks, callback)
 
+    def sockets(self) -> frozenset[int]:
+        """Give the file descriptors of the connections that hold the lock.
+
+        The lock lives while anybody has them open: a child process that inherits them keeps it past our sudden death.
+        Empty in transaction scope, and for a lock store of one's own.
+        """
+        sessions = (claim.session for claim in self._footing.claims if claim.held)
+        return frozenset(session.pgconn.socket for session in sessions if hasattr(session, "pgconn"))
+
     def release(self) -> None:
         """Release the lock now; in transaction scope it stays until the commit or rollback.
 
