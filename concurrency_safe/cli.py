@@ -1,0 +1,291 @@
+"""`concurrency-safe run KEY -- command`: any program, once at a time on all hosts."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import math
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from concurrency_safe.conf import django_is_configured
+from concurrency_safe.core.errors import ConcurrencySafeError, KeyTemplateError, LockAcquireTimeout, LockLost
+from concurrency_safe.locks import HeldLock, lock
+from concurrency_safe.spaces import close_idle_sessions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: Exit statuses: those of sysexits.h (EX_TEMPFAIL, EX_UNAVAILABLE, and EX_PROTOCOL for a lock that was lost), and those
+#: by which shells say that a command can't be run.
+BUSY, NO_STORE, LOST = 75, 69, 76
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+BY_SIGNAL = 128
+
+#: What is passed on to the command.
+FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+    signal.SIGWINCH,
+)
+
+#: What a terminal gives to the whole foreground group, hence to the command without us.
+BY_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGCONT, signal.SIGWINCH)
+
+#: What ends a wait for the lock.
+ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
+#: What Python ignores, and programs expect to die of.
+IGNORED_BY_PYTHON = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name))
+
+#: Seconds between two looks at the lock, should nobody have told of its loss; and at a group that is being stopped.
+LOOK, LOOK_AT_GROUP = 1.0, 0.02
+
+#: The lowest file descriptor for the lock's connection in the command, where no shell script has one of its own.
+HIGH_FD = 100
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Named locks on PostgreSQL for programs.
+
+    The database is named by the environment: CONCURRENCY_SAFE_DSN (a URL, or service=NAME of a libpq service file),
+    DJANGO_SETTINGS_MODULE, or DATABASE_URL; never by the command line, which everybody on the host can read.
+    """
+
+
+class _Run(click.Command):
+    """A command line in two parts: ours, and behind `--` somebody else's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split at the first `--`, and give a bare `--wait` its value: KEY may stand behind it."""
+        if "--" in args:
+            end = args.index("--")
+            args, ctx.obj = args[:end], args[end + 1 :]
+        return super().parse_args(ctx, ["--wait=inf" if word == "--wait" else word for word in args])
+
+
+@main.command(cls=_Run, options_metavar="[OPTIONS]")
+@click.argument("key")
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Wait until the lock is free; with =SECONDS at most so long. Default: try once.",
+)
+@click.option(
+    "-E", "busy", metavar="N", type=click.IntRange(0, 255), default=BUSY, help="The exit status of a conflict."
+)
+@click.option("--quiet", is_flag=True, help="Say nothing on a conflict.")
+@click.option("--shared", is_flag=True, help="Together with others who say so.")
+@click.option("--slots", metavar="N", type=click.IntRange(min=1), default=1, help="Most runs at once. Default: 1.")
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    help="When the lock is lost: from SIGTERM to SIGKILL for the command. Default: 5.",
+)
+@click.pass_context
+def run(ctx: click.Context, /, key: str, wait: float, busy: int, grace: float, *, quiet: bool, **how: Any) -> None:  # noqa: ANN401 - the options of lock(), passed on
+    """Run COMMAND while this host holds the lock KEY: `run [OPTIONS] KEY -- COMMAND [ARGS]...`.
+
+    Exit status: the command's own, 128+N when signal N ended it; 127 or 126 when it isn't found, or can't be executed;
+    75 when the lock is taken (-E changes it), 69 when there is no lock store, 76 when the lock was lost and the command
+    was stopped. Signals are passed on to the command. When this program is killed by SIGKILL, the lock lives until the
+    command ends.
+    """
+    command: list[str] = ctx.obj or []
+    if not command:
+        raise click.UsageError("give the command behind --:  concurrency-safe run KEY -- command args...")
+    logging.getLogger("concurrency_safe").addHandler(logging.NullHandler())  # what it says, we say
+    if django_is_configured():
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where manage.py would find the settings
+    try:
+        status = _run_locked(key, None if math.isinf(wait) else wait, how, command, grace)
+    except LockAcquireTimeout as conflict:
+        _leave(busy, "" if quiet else f"not run: {conflict}")
+    except KeyTemplateError as error:
+        raise click.UsageError(str(error)) from error
+    except LockLost as error:
+        _leave(LOST, str(error))
+    except (ConcurrencySafeError, ImportError) as error:
+        _leave(NO_STORE, f"not run: {error}")
+    finally:
+        close_idle_sessions()  # says goodbye: a daemon that the command left behind has a copy of the socket
+    sys.exit(status)
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    if message:
+        click.echo(f"concurrency-safe: {message}", err=True)
+    sys.exit(status)
+
+
+def _run_locked(key: str, timeout: float | None, how: dict[str, Any], command: list[str], grace: float) -> int:
+    """Run `command` under the lock; give its exit status.
+
+    Raises: LockAcquireTimeout, LockUnavailable: it did not run. LockLost: it was stopped. SystemExit: a signal came
+        before it was started.
+    """
+    with _Signals() as signals, _Wakeup() as wakeup, lock(key, timeout=timeout, **how) as held:
+        held.on_lost(lambda _: wakeup.ring())
+        signals.collected = []
+        on_terminal = os.isatty(0)
+        try:
+            child = _Child(command, held, own_group=not on_terminal)
+        except OSError as error:
+            click.echo(f"concurrency-safe: {command[0]}: {error.strerror}", err=True)
+            return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+        try:
+            while child.is_running() and not held.is_lost:
+                while signals.collected:
+                    number = signals.collected.pop(0)
+                    if not (on_terminal and number in BY_TERMINAL):
+                        child.send(number)
+                wakeup.wait(LOOK)
+        finally:
+            if child.is_running():  # without the lock, or after an error of ours
+                child.stop(grace, wakeup)
+        held.check()
+        return child.status if child.status >= 0 else BY_SIGNAL - child.status
+
+
+class _Signals:
+    """What is to be passed on to the command: it ends us until there is somebody to get it."""
+
+    def __init__(self) -> None:
+        #: What came, in order; None: nobody is there to get it.
+        self.collected: list[int] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, say
+                self._before[number] = signal.signal(number, self._come)
+        # The end of the command interrupts a sleep only when its signal is handled.
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _come(self, number: int, _: FrameType | None) -> None:
+        if self.collected is not None:
+            self.collected.append(number)
+        elif number in ENDING:
+            sys.exit(BY_SIGNAL + number)
+
+
+class _Wakeup:
+    """Ends a sleep when a signal comes, or when another thread rings."""
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._before)
+        os.close(self._reader)
+        writer, self._writer = self._writer, -1
+        os.close(writer)
+
+    def ring(self) -> None:
+        """End the sleep, from any thread."""
+        with suppress(OSError):  # it is full, which rings as well, or closed: nobody sleeps any more
+            os.write(self._writer, b"!")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a signal or a ring, at most `seconds`."""
+        if select.select([self._reader], [], [], seconds)[0]:
+            with suppress(BlockingIOError):
+                os.read(self._reader, 4096)
+
+
+class _Child:
+    """The command, which has a copy of the lock's connection: should we be killed, the lock ends with the command."""
+
+    def __init__(self, command: list[str], held: HeldLock, *, own_group: bool) -> None:
+        """Start `command`.
+
+        Not by subprocess: that closes what others gave us to pass on, and can't set a process group before Python 3.11.
+
+        Raises: OSError: it can't be started.
+        """
+        self._own_group = own_group
+        #: The exit status; -n: signal n. Before the end it means nothing.
+        self.status = 0
+        self._ended = False
+        copies = [fcntl.fcntl(socket, fcntl.F_DUPFD, HIGH_FD) for socket in held.sockets()]
+        try:
+            options: dict[str, Any] = {"setpgroup": 0} if own_group else {}
+            self._pid = os.posix_spawnp(command[0], command, os.environ, setsigdef=IGNORED_BY_PYTHON, **options)
+        finally:
+            for copy in copies:
+                os.close(copy)
+
+    def is_running(self) -> bool:
+        """Look whether it has ended."""
+        if not self._ended:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._ended = True
+                self.status = os.waitstatus_to_exitcode(status)
+        return not self._ended
+
+    def send(self, number: int) -> None:
+        """Send a signal to the command itself."""
+        os.kill(self._pid, number)
+
+    def stop(self, grace: float, wakeup: _Wakeup) -> None:
+        """End the command and what it has started: SIGTERM, `grace` seconds, SIGKILL.
+
+        On a terminal, where it shares a process group with us and others, the command alone.
+        """
+        self._send_all(signal.SIGTERM)
+        self._send_all(signal.SIGCONT)  # a stopped one hears nothing
+        until = time.monotonic() + grace
+        while self._any_running() and time.monotonic() < until:
+            wakeup.wait(LOOK_AT_GROUP)
+        self._send_all(signal.SIGKILL)
+        while self.is_running():
+            wakeup.wait(LOOK_AT_GROUP)
+
+    def _any_running(self) -> bool:
+        return self.is_running() or self._send_all(0)
+
+    def _send_all(self, number: int) -> bool:
+        """Signal the group, or without one the command; False: nobody is left."""
+        try:
+            if self._own_group:
+                os.killpg(self._pid, number)
+            elif self.is_running():
+                os.kill(self._pid, number)
+            else:
+                return False
+        except (ProcessLookupError, PermissionError):  # macOS refuses zombies
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    main()

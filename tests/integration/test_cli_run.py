@@ -1,0 +1,308 @@
+"""`concurrency-safe run` in processes of its own: exit statuses, signals, and deaths."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
+from tests.settings import NO_SERVER
+
+SHELL = ["/bin/sh", "-c"]
+PROGRAM = [sys.executable, "-m", "concurrency_safe.cli", "run"]
+
+#: Says its pid and "ready"; then each signal's number as it comes. The end of its input ends it, with status 7.
+LISTENER = [
+    sys.executable,
+    "-ISc",
+    """
+import os, signal, sys
+def hear(number, frame):
+    os.write(1, b"%d\\n" % number)
+for name in sys.argv[1:]:
+    signal.signal(getattr(signal, name), hear)
+os.write(1, b"%d\\n" % os.getpid())
+while os.read(0, 1): pass
+sys.exit(7)
+""",
+]
+
+Run = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def run(dsn: str) -> Iterator[Run]:
+    """Start `concurrency-safe run` with these arguments."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn, **environment},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:  # closes the pipes: a LISTENER ends with its input
+            process.kill()
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Let it come to its end; give its exit status and what was said."""
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """Give the next line of the command."""
+    assert process.stdout
+    line = process.stdout.readline().strip()
+    assert line, end(process)
+    return line
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process runs; a zombie that nobody has buried yet doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        (["true"], 0, ""),
+        (["sh", "-c", "exit 42"], 42, ""),
+        (["sh", "-c", "kill -TERM $$"], 143, ""),
+        (["sh", "-c", "kill -KILL $$"], 137, ""),
+        (["no-such-command"], 127, "concurrency-safe: no-such-command: No such file or directory\n"),
+        (["/"], 126, "concurrency-safe: /: Permission denied\n"),
+        ([__file__], 126, f"concurrency-safe: {__file__}: Permission denied\n"),
+    ],
+)
+def test_the_exit_status_is_the_commands_own(
+    run: Run, rival: Rival, command: list[str], status: int, message: str
+) -> None:
+    assert end(run("job", "--", *command)) == (status, "", message)
+    assert rival.is_free("job")
+
+
+def test_input_output_and_arguments_are_the_commands_own(run: Run) -> None:
+    process = run("job", "--quiet", "--", "sh", "-c", 'cat; echo "$@" >&2', "-", "--wait", "--", "a b")
+    out, err = process.communicate("text", timeout=30)
+    assert (process.returncode, out, err) == (0, "text", "--wait -- a b\n")
+
+
+def test_a_lock_that_is_taken_ends_it_with_75_or_what_one_says(run: Run, rival: Rival) -> None:
+    rival.hold("job")
+    status, out, err = end(run("job", "--", "echo", "ran"))
+    assert (status, out) == (75, "")
+    assert err.startswith("concurrency-safe: not run: lock 'job' is held by")
+    assert end(run("-E", "3", "--quiet", "job", "--", "echo", "ran")) == (3, "", "")
+    status, out, err = end(run("job", "--wait=0.05", "--", "echo", "ran"))
+    assert (status, out) == (75, "")
+    assert "gave up after" in err
+
+
+def test_it_waits(run: Run, rival: Rival, store: LockStore) -> None:
+    rival.hold("job")
+    process = run("--wait", "job", "--", "echo", "ran")
+    wait_for(store.waiting)
+    rival.let_go()
+    assert end(process) == (0, "ran\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_wait(run: Run, rival: Rival, store: LockStore, number: signal.Signals) -> None:
+    rival.hold("job")
+    process = run("--wait", "job", "--", "echo", "ran")
+    wait_for(store.waiting)
+    process.send_signal(number)
+    assert end(process) == (128 + number, "", "")
+    assert not store.waiting()
+
+
+def test_readers_and_slots(run: Run) -> None:
+    reader = run("--shared", "readers", "--", *LISTENER)
+    slot = run("--slots=2", "slots", "--", *LISTENER)
+    said(reader)
+    said(slot)
+    assert end(run("--shared", "readers", "--", "true"))[0] == 0
+    assert end(run("readers", "--", "true"))[0] == 75
+    second = run("--slots=2", "slots", "--", *LISTENER)
+    said(second)
+    assert end(run("--slots=2", "slots", "--", "true"))[0] == 75
+    assert [end(each)[0] for each in (reader, slot, second)] == [7, 7, 7]
+
+
+def test_without_a_lock_store_nothing_runs(run: Run) -> None:
+    cases = [
+        (run("job", "--", "echo", "ran", CONCURRENCY_SAFE_DSN=NO_SERVER), "can't be reached"),
+        (run("job", "--", "echo", "ran", CONCURRENCY_SAFE_DSN=""), "CONCURRENCY_SAFE_DSN or DATABASE_URL"),
+        (run("job", "--", "echo", "ran", DJANGO_SETTINGS_MODULE="no_such_settings"), "no_such_settings"),
+    ]
+    for process, message in cases:
+        status, out, err = end(process)
+        assert (status, out) == (69, "")
+        assert message in err
+        assert err.startswith("concurrency-safe: not run: ")
+        assert "Traceback" not in err
+
+
+def test_django_settings_name_the_store_too(run: Run, store: LockStore, rival: Rival) -> None:
+    rival.hold("job")
+    django = {"CONCURRENCY_SAFE_DSN": "", "DJANGO_SETTINGS_MODULE": "tests.settings", "DATABASE_URL": store.url}
+    assert end(run("job", "--", "true", **django))[0] == 75
+    rival.let_go()
+    assert end(run("job", "--", "true", **django)) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["job"], "give the command behind --"),
+        (["job", "true"], "unexpected extra argument"),
+        (["job", "--wait=soon", "--", "true"], "'soon' is not a valid float"),
+        (["", "--", "true"], "a key must not be empty"),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_of_usage(run: Run, arguments: list[str], message: str) -> None:
+    status, _, err = end(run(*arguments))
+    assert status == 2
+    assert message in err
+
+
+def test_signals_reach_the_command_once_each_and_in_order(run: Run) -> None:
+    names = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGWINCH"]
+    process = run("job", "--", *LISTENER, *names)
+    said(process)
+    for name in names:
+        number = getattr(signal, name)
+        process.send_signal(number)
+        assert said(process) == str(int(number))
+    assert end(process) == (7, "", "")
+
+
+def test_a_command_that_a_passed_signal_ends(run: Run, rival: Rival) -> None:
+    process = run("job", "--", *LISTENER)
+    said(process)
+    process.terminate()
+    assert end(process)[0] == 143
+    assert rival.is_free("job")
+
+
+def test_what_it_was_started_to_ignore_the_command_ignores_too(dsn: str) -> None:
+    with subprocess.Popen(
+        [*SHELL, 'trap "" HUP; exec "$@"', "-", *PROGRAM, "job", "--", *LISTENER, "SIGUSR1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
+    ) as process:
+        pid = int(said(process))
+        process.send_signal(signal.SIGHUP)
+        os.kill(pid, signal.SIGHUP)
+        process.send_signal(signal.SIGUSR1)
+        assert said(process) == str(int(signal.SIGUSR1))
+    assert process.returncode == 7
+
+
+def test_on_a_terminal_the_command_gets_one_interrupt(dsn: str) -> None:
+    terminal, theirs = pty.openpty()
+    # The leader of a new session makes the terminal that it opens first its own.
+    process = subprocess.Popen(
+        [*SHELL, 'exec "$@" <"$0" >"$0"', os.ttyname(theirs), *PROGRAM, "job", "--", *LISTENER, "SIGINT", "SIGUSR1"],
+        env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
+        start_new_session=True,
+    )
+    seen: list[bytes] = []
+
+    def read_line() -> None:
+        line = b""
+        while not line.endswith(b"\n"):
+            line += os.read(terminal, 1)
+        seen.append(line.strip().removeprefix(b"^C"))
+
+    try:
+        read_line()
+        os.write(terminal, b"\x03")
+        read_line()
+        process.send_signal(signal.SIGUSR1)  # passed on behind whatever the interrupt has left
+        read_line()
+        assert seen[1:] == [b"2", b"10"]
+        os.write(terminal, b"\x04")
+        assert process.wait(30) == 7
+    finally:
+        os.close(theirs)
+        os.close(terminal)  # hangs up
+        process.kill()
+        process.wait()
+
+
+def cut_sessions(store: LockStore) -> None:
+    """Let the server end every lock session of this database."""
+    store.connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'cs:%'"
+    )
+
+
+def test_a_lost_lock_ends_the_command(run: Run, store: LockStore) -> None:
+    process = run("job", "--", *LISTENER)
+    pid = int(said(process))
+    cut_sessions(store)
+    status, _, err = end(process)
+    assert status == 76
+    assert "lock 'job' was lost while it was held" in err
+    assert not is_alive(pid)
+
+
+def test_a_lost_lock_ends_what_the_command_has_started_and_those_who_do_not_listen(run: Run, store: LockStore) -> None:
+    """A shell and its child, both deaf to SIGTERM; the child is stopped as well."""
+    script = "trap \"\" TERM; sh -c 'echo $$; kill -STOP $$; echo never' & echo $$; wait"
+    process = run("--grace=0.3", "job", "--", "sh", "-c", script)
+    pids = [int(said(process)), int(said(process))]
+    cut_sessions(store)
+    assert end(process)[0] == 76
+    wait_for(lambda: not any(map(is_alive, pids)))
+
+
+def test_killed_it_leaves_the_lock_to_the_command(run: Run, rival: Rival, store: LockStore) -> None:
+    process = run("job", "--", *LISTENER)
+    pid = int(said(process))
+    process.kill()
+    process.wait()
+
+    assert end(run("job", "--", "true"))[0] == 75
+    assert is_alive(pid)
+    assert store.rows() == 1
+    assert process.stdin
+    process.stdin.close()
+    wait_for(lambda: rival.is_free("job"))
+    assert end(run("job", "--", "true"))[0] == 0
+
+
+def test_a_daemon_that_the_command_leaves_behind_pins_nothing(run: Run, rival: Rival, store: LockStore) -> None:
+    process = run("job", "--", "sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!")
+    daemon = int(said(process))
+    try:
+        assert end(process) == (0, "", "")
+        assert rival.is_free("job")
+        wait_for(lambda: store.sessions() == 0)
+        assert is_alive(daemon)
+    finally:
+        os.kill(daemon, signal.SIGKILL)
