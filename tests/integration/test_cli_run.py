@@ -265,20 +265,25 @@ def test_a_lost_lock_ends_the_command(run: Run, store: LockStore) -> None:
     process = run("job", "--", *LISTENER)
     pid = int(said(process))
     cut_sessions(store)
+    process.wait(30)
+    assert not is_alive(pid)
     status, _, err = end(process)
     assert status == 76
     assert "lock 'job' was lost while it was held" in err
-    assert not is_alive(pid)
 
 
-def test_a_lost_lock_ends_what_the_command_has_started_and_those_who_do_not_listen(run: Run, store: LockStore) -> None:
-    """A shell and its child, both deaf to SIGTERM; the child is stopped as well."""
-    script = "trap \"\" TERM; sh -c 'echo $$; kill -STOP $$; echo never' & echo $$; wait"
-    process = run("--grace=0.3", "job", "--", "sh", "-c", script)
+@pytest.mark.parametrize(
+    "script",
+    ['trap "" TERM; sleep 60 & echo $!; echo $$; wait', '(trap "" TERM; exec sleep 60) & echo $!; echo $$; wait'],
+    ids=["both deaf", "the child deaf"],
+)
+def test_a_lost_lock_ends_what_the_command_has_started(run: Run, store: LockStore, script: str) -> None:
+    process = run("--grace=0.3", "job", "--", *SHELL, script)
     pids = [int(said(process)), int(said(process))]
     cut_sessions(store)
-    assert end(process)[0] == 76
+    process.wait(30)
     wait_for(lambda: not any(map(is_alive, pids)))
+    assert end(process)[0] == 76
 
 
 def test_killed_it_leaves_the_lock_to_the_command(run: Run, rival: Rival, store: LockStore) -> None:
