@@ -13,9 +13,12 @@ import sys
 import time
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-import click
+try:
+    import click
+except ImportError as error:
+    raise ImportError('click is not installed; run: pip install "django-concurrency-safe[cli]"') from error
 
 from concurrency_safe.conf import django_is_configured
 from concurrency_safe.core.errors import ConcurrencySafeError, KeyTemplateError, LockAcquireTimeout, LockLost
@@ -47,7 +50,7 @@ FORWARDED = (
 BY_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGCONT, signal.SIGWINCH)
 
 #: What ends a wait for the lock.
-ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 
 #: What Python ignores, and programs expect to die of.
 IGNORED_BY_PYTHON = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name))
@@ -95,6 +98,13 @@ class _Run(click.Command):
 @click.option("--shared", is_flag=True, help="Together with others who say so.")
 @click.option("--slots", metavar="N", type=click.IntRange(min=1), default=1, help="Most runs at once. Default: 1.")
 @click.option(
+    "--min-hold",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Keep the lock so long at least, for hosts whose clocks are late.",
+)
+@click.option(
     "--grace",
     metavar="SECONDS",
     type=click.FloatRange(min=0),
@@ -102,7 +112,18 @@ class _Run(click.Command):
     help="When the lock is lost: from SIGTERM to SIGKILL for the command. Default: 5.",
 )
 @click.pass_context
-def run(ctx: click.Context, /, key: str, wait: float, busy: int, grace: float, *, quiet: bool, **how: Any) -> None:  # noqa: ANN401 - the options of lock(), passed on
+def run(  # noqa: PLR0913 - one parameter an option
+    ctx: click.Context,
+    /,
+    key: str,
+    wait: float,
+    busy: int,
+    min_hold: float,
+    grace: float,
+    *,
+    quiet: bool,
+    **how: Any,  # noqa: ANN401 - the options of lock(), passed on
+) -> None:
     """Run COMMAND while this host holds the lock KEY: `run [OPTIONS] KEY -- COMMAND [ARGS]...`.
 
     Exit status: the command's own, 128+N when signal N ended it; 127 or 126 when it isn't found, or can't be executed;
@@ -117,7 +138,7 @@ def run(ctx: click.Context, /, key: str, wait: float, busy: int, grace: float, *
     if django_is_configured():
         sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where manage.py would find the settings
     try:
-        status = _run_locked(key, None if math.isinf(wait) else wait, how, command, grace)
+        status = _run_locked(_Job(command, min_hold, grace), key, timeout=None if math.isinf(wait) else wait, **how)
     except LockAcquireTimeout as conflict:
         _leave(busy, "" if quiet else f"not run: {conflict}")
     except KeyTemplateError as error:
@@ -137,31 +158,41 @@ def _leave(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
-def _run_locked(key: str, timeout: float | None, how: dict[str, Any], command: list[str], grace: float) -> int:
-    """Run `command` under the lock; give its exit status.
+class _Job(NamedTuple):
+    """What is run. `min_hold`: seconds that the lock is kept at least; `grace`: from SIGTERM to SIGKILL at its loss."""
+
+    command: list[str]
+    min_hold: float
+    grace: float
+
+
+def _run_locked(job: _Job, key: str, **how: Any) -> int:  # noqa: ANN401 - the options of lock()
+    """Run the command under the lock; give its exit status.
 
     Raises: LockAcquireTimeout, LockUnavailable: it did not run. LockLost: it was stopped. SystemExit: a signal came
         before it was started.
     """
-    with _Signals() as signals, _Wakeup() as wakeup, lock(key, timeout=timeout, **how) as held:
+    with _Signals() as signals, _Wakeup() as wakeup, lock(key, **how) as held:
         held.on_lost(lambda _: wakeup.ring())
         signals.collected = []
+        until = time.monotonic() + job.min_hold
         on_terminal = os.isatty(0)
         try:
-            child = _Child(command, held, own_group=not on_terminal)
+            child = _Child(job.command, held, own_group=not on_terminal)
         except OSError as error:
-            click.echo(f"concurrency-safe: {command[0]}: {error.strerror}", err=True)
+            click.echo(f"concurrency-safe: {job.command[0]}: {error.strerror}", err=True)
             return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
         try:
             while child.is_running() and not held.is_lost:
-                while signals.collected:
-                    number = signals.collected.pop(0)
+                for number in signals.taken():
                     if not (on_terminal and number in BY_TERMINAL):
                         child.send(number)
                 wakeup.wait(LOOK)
         finally:
             if child.is_running():  # without the lock, or after an error of ours
-                child.stop(grace, wakeup)
+                child.stop(job.grace, wakeup)
+        while (left := until - time.monotonic()) > 0 and not held.is_lost and ENDING.isdisjoint(signals.taken()):
+            wakeup.wait(min(left, LOOK))
         held.check()
         return child.status if child.status >= 0 else BY_SIGNAL - child.status
 
@@ -185,6 +216,12 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def taken(self) -> list[int]:
+        """Give what has come since the last call."""
+        # The very list: a signal between the two halves of this line is not lost.
+        taken, self.collected = self.collected, []
+        return taken or []
 
     def _come(self, number: int, _: FrameType | None) -> None:
         if self.collected is not None:

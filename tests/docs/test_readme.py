@@ -72,6 +72,14 @@ def test_there_is_something_to_execute() -> None:
     assert len(BLOCKS) >= 9
 
 
+def test_the_cron_job_runs_on_one_host(readme: dict[str, Any], rival: Rival) -> None:
+    job = readme["nightly_report"]
+    rival.hold("nightly-report")
+    assert job() is None
+    rival.let_go()
+    assert job.__wrapped__.__wrapped__() == "sent"
+
+
 def test_the_account_is_guarded(readme: dict[str, Any], rival: Rival) -> None:
     assert readme["withdraw"](7, 60) is True
     assert readme["withdraw"](user_id=7, amount=60) is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -171,6 +172,21 @@ def test_django_settings_name_the_store_too(run: Run, store: LockStore, rival: R
     assert end(run("job", "--", "true", **django)) == (0, "", "")
 
 
+def test_a_service_file_names_the_store_and_its_password(
+    run: Run, store: LockStore, rival: Rival, tmp_path: Path
+) -> None:
+    info = store.connection.info
+    service = tmp_path / "services"
+    service.write_text(
+        f"[locks]\nhost={info.host}\nport={info.port}\ndbname={info.dbname}\nuser={info.user}\npassword={info.password}\n"
+    )
+    rival.hold("job")
+    environment = {"CONCURRENCY_SAFE_DSN": "service=locks", "PGSERVICEFILE": str(service)}
+    assert end(run("job", "--", "true", **environment))[0] == 75
+    rival.let_go()
+    assert end(run("job", "--", "true", **environment)) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,6 +211,18 @@ def test_signals_reach_the_command_once_each_and_in_order(run: Run) -> None:
         process.send_signal(number)
         assert said(process) == str(int(number))
     assert end(process) == (7, "", "")
+
+
+def test_min_hold_keeps_the_lock_until_a_signal_ends_it(run: Run, rival: Rival) -> None:
+    process = run("--min-hold=60", "job", "--", "sh", "-c", "echo $$; exit 3")
+    pid = int(said(process))
+    wait_for(lambda: not is_alive(pid))
+    assert end(run("job", "--", "true"))[0] == 75
+    process.send_signal(signal.SIGWINCH)
+    process.terminate()
+    assert end(process)[0] == 3
+    assert rival.is_free("job")
+    assert end(run("--min-hold=0.05", "job", "--", "true"))[0] == 0
 
 
 def test_a_command_that_a_passed_signal_ends(run: Run, rival: Rival) -> None:
@@ -299,6 +327,44 @@ def test_killed_it_leaves_the_lock_to_the_command(run: Run, rival: Rival, store:
     process.stdin.close()
     wait_for(lambda: rival.is_free("job"))
     assert end(run("job", "--", "true"))[0] == 0
+
+
+def test_of_several_daemons_one_runs_whatever_ends_it(run: Run, store: LockStore) -> None:
+    """Leaders end in four ways, and each time exactly one of those who wait takes over."""
+    waiting = [run("--wait", "beat", "--", *LISTENER) for _ in range(5)]
+    leaders: list[int] = []
+    for way in ("term", "kill", "command killed", "cut"):
+        wait_for(lambda: store.count("l.granted") == 1 and store.waiting() == len(waiting) - 1)
+        leader = _leader(waiting)
+        waiting.remove(leader)
+        pid = int(said(leader))
+        assert not any(map(is_alive, leaders))
+        leaders.append(pid)
+        if way == "term":
+            leader.terminate()
+        elif way == "kill":
+            leader.kill()
+            leader.wait()
+            assert store.waiting() == len(waiting)
+            os.kill(pid, signal.SIGKILL)
+        elif way == "command killed":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            store.connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+    (last,) = waiting
+    said(last)
+    wait_for(lambda: not any(map(is_alive, leaders)))  # a server that cuts a session doesn't wait for its client
+    assert end(last)[0] == 7
+
+
+def _leader(processes: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    """Give the one whose command has said something."""
+    outputs = {process.stdout.fileno(): process for process in processes if process.stdout}
+    (ready,) = select.select(list(outputs), [], [], 15)[0]
+    return outputs[ready]
 
 
 def test_a_daemon_that_the_command_leaves_behind_pins_nothing(run: Run, rival: Rival, store: LockStore) -> None:

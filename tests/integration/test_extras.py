@@ -106,13 +106,19 @@ def test_every_public_name_is_there(bare_python: Path) -> None:
     assert answer.returncode == 0, answer.stderr
 
 
-@pytest.mark.parametrize("extra", ["celery"])
-def test_an_adapter_without_its_framework_says_what_to_install(bare_python: Path, extra: str) -> None:
-    answer = run(bare_python, f"import concurrency_safe.contrib.{extra}")
+@pytest.mark.parametrize(("extra", "module"), [("celery", "contrib.celery"), ("cli", "cli")])
+def test_a_module_without_its_extra_says_what_to_install(bare_python: Path, extra: str, module: str) -> None:
+    answer = run(bare_python, f"import concurrency_safe.{module}")
 
     assert answer.returncode == 1
     assert answer.stderr.splitlines()[-1].startswith(("ImportError", "ModuleNotFoundError"))
     assert f'pip install "django-concurrency-safe[{extra}]"' in answer.stderr
+
+
+def test_the_cron_guard_needs_no_extra(bare_python: Path) -> None:
+    answer = run(bare_python, "from concurrency_safe.contrib.cron import cron_guard; cron_guard('job')(print)")
+
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_the_wheel_holds_the_package_its_types_and_nothing_else(wheel: Path) -> None:
