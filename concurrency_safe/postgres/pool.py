@@ -39,7 +39,8 @@ class SessionPool:
         self._pid = os.getpid()
         self.sessions: list[LockSession] = []
         self._opening: set[Borrower] = set()
-        self._queue: dict[Borrower, None] = {}
+        #: Who waits for a turn, the first first: on this session, or (None) on one that serves these numbers and name.
+        self._queue: dict[Borrower, tuple[LockSession | None, Sequence[int], str]] = {}
         # Re-entrant: the collector may end a forgotten lock while this thread is in here.
         self.mutex = threading.RLock()
 
@@ -63,7 +64,7 @@ class SessionPool:
                     if empty or self._may_open(borrower, numbers, name):
                         self._opening.add(borrower)
                         break
-                    self._queue[borrower] = None
+                    self._queue[borrower] = (None, numbers, name)
                 yield from self._turn(borrower, until)
             fresh = yield from self._opened()
             with self.mutex:
@@ -89,7 +90,7 @@ class SessionPool:
                         borrower.session = session
                         session.user = borrower
                         return
-                    self._queue[borrower] = None
+                    self._queue[borrower] = (session, (), "")
                 yield from self._turn(borrower, until)
         finally:
             self._queue.pop(borrower, None)
@@ -121,8 +122,10 @@ class SessionPool:
                 session.idle_since = session.used_at
             session.user = None
             borrower.session = None
-            for waiting in tuple(self._queue):
-                waiting.gate.open()
+            for waiting, (wanted, numbers, name) in tuple(self._queue.items()):
+                if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
+                    waiting.gate.open()
+                    break
             self.prune()
         if session.dead:
             self.forget(session)

@@ -12,7 +12,7 @@ import pytest
 from concurrency_safe import HeldLock, LockLost, LockUnavailable, lock
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Request, StoreOptions
-from concurrency_safe.locks import _kept, undo
+from concurrency_safe.locks import _kept
 from concurrency_safe.memory import MemoryBackend
 from concurrency_safe.ownership import Claim, Footing
 from concurrency_safe.postgres import pool as pools
@@ -148,7 +148,8 @@ def test_a_session_that_was_ended_is_dead(backend: PostgresBackend) -> None:
     session.discard()
     assert session.is_dead()
     assert held.is_lost
-    undo(held._footing)
+    with pytest.raises(LockLost):
+        held.release()
 
 
 # Behind a pooler.
