@@ -154,6 +154,8 @@ class SessionPool:
 
     def close(self) -> None:
         """End every session that holds nothing."""
+        if self._pid != os.getpid():
+            self._reset()  # a forked child has none: their sockets' numbers may be other files' by now
         with self.mutex:
             for session in list(self.sessions):
                 if session.user is None and not session.held:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from concurrency_safe import LockAcquireTimeout, LockNotHeld, assert_locked, current_lock, lock
+from concurrency_safe import LockAcquireTimeout, LockNotHeld, assert_locked, current_lock, lock, spaces
 from tests.integration.conftest import LockStore, Rival, wait_for
 
 RUNS = 50
@@ -47,6 +47,23 @@ def test_the_parents_lock_survives_its_childs_exit(rival: Rival, *, politely: bo
             assert not rival.try_hold("one")
 
     assert rival.is_free("one")
+
+
+def test_a_childs_files_are_its_own(rival: Rival) -> None:
+    """They get the numbers that the parent's sockets had; closing the library's sessions must not touch them."""
+
+    def child() -> None:
+        pipes = [os.pipe() for _ in range(8)]
+        spaces.close_idle_sessions()
+        for reading, writing in pipes:
+            os.write(writing, b"x")
+            assert os.read(reading, 1) == b"x"
+
+    with lock("one"), lock("two", scope="session"):
+        assert not rival.try_hold("one")
+    assert in_child(child) == 0
+    with lock("one", timeout=0) as held:
+        assert not held.is_lost
 
 
 def test_a_child_owns_nothing() -> None:
