@@ -1,4 +1,4 @@
-"""`concurrency-safe run KEY -- command`: any program, once at a time on all hosts."""
+"""`concurrency-safe run KEY -- command`: any program, once at a time on all hosts; `who KEY` says on which."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ import select
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 try:
     import click
 except ImportError as error:
     raise ImportError('click is not installed; run: pip install "django-concurrency-safe[cli]"') from error
 
-from concurrency_safe.conf import django_is_configured
+from concurrency_safe.conf import django_is_configured, get_settings
 from concurrency_safe.core.errors import ConcurrencySafeError, KeyTemplateError, LockAcquireTimeout, LockLost
+from concurrency_safe.core.keys import Rendered, lock_key
 from concurrency_safe.locks import HeldLock, lock
-from concurrency_safe.spaces import close_idle_sessions
+from concurrency_safe.ownership import Footing
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.look import look
+from concurrency_safe.postgres.waiting import drive
+from concurrency_safe.spaces import close_idle_sessions, django_connection, space_for
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -134,22 +140,49 @@ def run(  # noqa: PLR0913 - one parameter an option
     command: list[str] = ctx.obj or []
     if not command:
         raise click.UsageError("give the command behind --:  concurrency-safe run KEY -- command args...")
+    with _the_store("not run"):
+        job = _Job(command, min_hold, grace)
+        try:
+            status = _run_locked(job, key, timeout=None if math.isinf(wait) else wait, **how)
+        except LockAcquireTimeout as conflict:
+            _leave(busy, "" if quiet else f"not run: {conflict}")
+        except LockLost as error:
+            _leave(LOST, str(error))
+    sys.exit(status)
+
+
+@main.command()
+@click.argument("key")
+def who(key: str) -> None:
+    """Say who holds the lock KEY and who waits for it, a line each; or that it is free."""
+    with _the_store("can't tell"):
+        settings = get_settings()
+        space = drive(space_for(django_connection(None, settings), settings))
+        # By a setting's DSN or a Django alias it is PostgreSQL's.
+        backend = cast("PostgresBackend", space.backend)
+        holders, waiting = drive(look(backend.pool, Footing(None), lock_key(Rendered(key), settings.namespace)))
+    for holder in holders:
+        click.echo(f"held by {holder}")
+    for waiter in waiting:
+        click.echo(f"awaited by {waiter}")
+    if not holders:
+        click.echo("free")
+
+
+@contextmanager
+def _the_store(failure: str) -> Iterator[None]:
+    """Use the lock store; what keeps it from being used ends the program, with `failure` before the reason."""
     logging.getLogger("concurrency_safe").addHandler(logging.NullHandler())  # what it says, we say
     if django_is_configured():
         sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where manage.py would find the settings
     try:
-        status = _run_locked(_Job(command, min_hold, grace), key, timeout=None if math.isinf(wait) else wait, **how)
-    except LockAcquireTimeout as conflict:
-        _leave(busy, "" if quiet else f"not run: {conflict}")
+        yield
     except KeyTemplateError as error:
         raise click.UsageError(str(error)) from error
-    except LockLost as error:
-        _leave(LOST, str(error))
     except (ConcurrencySafeError, ImportError) as error:
-        _leave(NO_STORE, f"not run: {error}")
+        _leave(NO_STORE, f"{failure}: {error}")
     finally:
-        close_idle_sessions()  # says goodbye: a daemon that the command left behind has a copy of the socket
-    sys.exit(status)
+        close_idle_sessions()  # says goodbye: a daemon that a command left behind has a copy of the socket
 
 
 def _leave(status: int, message: str) -> NoReturn:
@@ -172,7 +205,7 @@ def _run_locked(job: _Job, key: str, **how: Any) -> int:  # noqa: ANN401 - the o
     Raises: LockAcquireTimeout, LockUnavailable: it did not run. LockLost: it was stopped. SystemExit: a signal came
         before it was started.
     """
-    with _Signals() as signals, _Wakeup() as wakeup, lock(key, **how) as held:
+    with _Signals() as signals, _Wakeup() as wakeup, lock(Rendered(key), **how) as held:
         held.on_lost(lambda _: wakeup.ring())
         signals.collected = []
         until = time.monotonic() + job.min_hold

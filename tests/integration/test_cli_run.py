@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -117,6 +118,45 @@ def test_a_lock_that_is_taken_ends_it_with_75_or_what_one_says(run: Run, rival: 
     status, out, err = end(run("job", "--wait=0.05", "--", "echo", "ran"))
     assert (status, out) == (75, "")
     assert "gave up after" in err
+
+
+def who(key: str, dsn: str) -> tuple[int, list[str]]:
+    command = [*PROGRAM[:-1], "who", key]
+    environment = {**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30, check=False)
+    return answer.returncode, answer.stdout.splitlines() or [answer.stderr]
+
+
+def test_who_holds_and_who_waits(run: Run, store: LockStore, dsn: str) -> None:
+    holder = run("{job}", "--", *LISTENER)
+    said(holder)
+    waiter = run("--wait", "{job}", "--", "true")
+    wait_for(store.waiting)
+    status, (held, awaited) = who("{job}", dsn)
+    assert status == 0
+    assert re.fullmatch(rf"held by \S+ pid {holder.pid} \(server process \d+\)", held)
+    assert re.fullmatch(rf"awaited by \S+ pid {waiter.pid} \(server process \d+\)", awaited)
+    assert end(holder)[0] == 7
+    assert end(waiter)[0] == 0
+    assert who("{job}", dsn) == (0, ["free"])
+
+
+def test_who_holds_a_slot_and_who_waits_for_one(run: Run, store: LockStore, dsn: str) -> None:
+    holders = [run("--slots=2", "job", "--", *LISTENER) for _ in range(2)]
+    for holder in holders:
+        said(holder)
+    waiters = [run("--slots=2", "--wait", "job", "--", "true") for _ in range(2)]
+    wait_for(store.waiting)
+    _, lines = who("job", dsn)
+    assert sorted(line.split(" pid ")[0].split()[0] for line in lines) == ["awaited", "awaited", "held", "held"]
+    for process in (*holders, *waiters):
+        assert f" pid {process.pid} " in " ".join(lines)
+
+
+def test_who_can_not_tell_without_a_store() -> None:
+    status, (message,) = who("job", NO_SERVER)
+    assert status == 69
+    assert message.startswith("concurrency-safe: can't tell: the lock store can't be reached")
 
 
 def test_it_waits(run: Run, rival: Rival, store: LockStore) -> None:
