@@ -106,13 +106,20 @@ def test_min_hold_ends_when_the_lock_is_lost(store: LockStore) -> None:
 
 def test_min_hold_keeps_the_lock_of_a_coroutine(rival: Rival) -> None:
     @cron_guard("report", min_hold=0.2)
-    async def report() -> float:
+    async def report(error: Exception | None = None) -> float:
         assert not rival.try_hold("report")
+        if error is not None:
+            raise error
         return time.monotonic()
 
     ended = asyncio.run(report())
     assert time.monotonic() - ended > 0.15
     assert rival.is_free("report")
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="failed"):
+        asyncio.run(report(ValueError("failed")))
+    assert time.monotonic() - began >= 0.2
 
 
 def test_min_hold_waits_for_nobody_where_locks_are_switched_off(dsn: str) -> None:
@@ -120,8 +127,13 @@ def test_min_hold_waits_for_nobody_where_locks_are_switched_off(dsn: str) -> Non
     def report() -> int:
         return 1
 
+    @cron_guard("report", min_hold=30)
+    async def areport() -> int:
+        return 2
+
     with override_settings(CONCURRENCY_SAFE={"ENABLED": False}):
         assert report() == 1
+        assert asyncio.run(areport()) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import select
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 from tests.settings import NO_SERVER
@@ -159,6 +161,18 @@ def test_who_can_not_tell_without_a_store() -> None:
     assert message.startswith("concurrency-safe: can't tell: the lock store can't be reached")
 
 
+def test_who_can_not_tell_without_the_right_to_read_locks(store: LockStore) -> None:
+    role = f"blind_{uuid.uuid4().hex[:8]}"
+    store.connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'dark'; REVOKE SELECT ON pg_locks FROM PUBLIC")
+    try:
+        status, (message,) = who("job", make_conninfo(store.dsn, user=role, password="dark"))
+        assert status == 69
+        assert "who holds lock 'job' can't be read: " in message
+        assert "permission denied for view pg_locks" in message
+    finally:
+        store.connection.execute(f"GRANT SELECT ON pg_locks TO PUBLIC; DROP ROLE {role}")
+
+
 def test_it_waits(run: Run, rival: Rival, store: LockStore) -> None:
     rival.hold("job")
     process = run("--wait", "job", "--", "echo", "ran")
@@ -289,36 +303,69 @@ def test_what_it_was_started_to_ignore_the_command_ignores_too(dsn: str) -> None
     assert process.returncode == 7
 
 
-def test_on_a_terminal_the_command_gets_one_interrupt(dsn: str) -> None:
-    terminal, theirs = pty.openpty()
-    # The leader of a new session makes the terminal that it opens first its own.
-    process = subprocess.Popen(
-        [*SHELL, 'exec "$@" <"$0" >"$0"', os.ttyname(theirs), *PROGRAM, "job", "--", *LISTENER, "SIGINT", "SIGUSR1"],
-        env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
-        start_new_session=True,
-    )
-    seen: list[bytes] = []
+class Terminal:
+    """`concurrency-safe run job -- LISTENER`, as somebody starts it at a terminal."""
 
-    def read_line() -> None:
+    def __init__(self, dsn: str, *signals: str) -> None:
+        self._ours, self._theirs = pty.openpty()
+        # The leader of a new session makes the terminal that it opens first its own.
+        script = 'exec "$@" <"$0" >"$0"'
+        self.process = subprocess.Popen(
+            [*SHELL, script, os.ttyname(self._theirs), *PROGRAM, "--grace=0.3", "job", "--", *LISTENER, *signals],
+            env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
+            start_new_session=True,
+        )
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._ours, keys)
+
+    def line(self) -> str:
+        """Give the next line of the screen, less the echo of Ctrl-C."""
         line = b""
         while not line.endswith(b"\n"):
-            line += os.read(terminal, 1)
-        seen.append(line.strip().removeprefix(b"^C"))
+            line += os.read(self._ours, 1)
+        return line.decode().strip().removeprefix("^C")
 
-    try:
-        read_line()
-        os.write(terminal, b"\x03")
-        read_line()
-        process.send_signal(signal.SIGUSR1)  # passed on behind whatever the interrupt has left
-        read_line()
-        assert seen[1:] == [b"2", b"10"]
-        os.write(terminal, b"\x04")
-        assert process.wait(30) == 7
-    finally:
-        os.close(theirs)
-        os.close(terminal)  # hangs up
-        process.kill()
-        process.wait()
+    def close(self) -> None:
+        os.close(self._theirs)
+        os.close(self._ours)  # hangs up
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def at_terminal(dsn: str) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*signals: str) -> Terminal:
+        opened.append(Terminal(dsn, *signals))
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()
+
+
+def test_on_a_terminal_the_command_gets_one_interrupt(at_terminal: Callable[..., Terminal]) -> None:
+    terminal = at_terminal("SIGINT", "SIGUSR1")
+    terminal.line()
+    terminal.type(b"\x03")
+    assert terminal.line() == "2"
+    terminal.process.send_signal(signal.SIGUSR1)  # passed on behind whatever the interrupt has left
+    assert terminal.line() == "10"
+    terminal.type(b"\x04")
+    assert terminal.process.wait(30) == 7
+
+
+@pytest.mark.parametrize("heard", [[], ["SIGTERM"]], ids=["it listens", "it is deaf"])
+def test_on_a_terminal_a_lost_lock_ends_the_command_alone(
+    at_terminal: Callable[..., Terminal], store: LockStore, heard: list[str]
+) -> None:
+    terminal = at_terminal(*heard)
+    pid = int(terminal.line())
+    cut_sessions(store)
+    assert terminal.process.wait(30) == 76
+    assert not is_alive(pid)
 
 
 def cut_sessions(store: LockStore) -> None:
