@@ -99,17 +99,19 @@ def drop(message: Any) -> NoReturn:
 
 
 def is_copy(message: Any) -> bool:
-    """Say whether this may be a second delivery of the same message: sent by `duplicate`, or by RabbitMQ again."""
+    """Say whether there may be another delivery of the same message: RabbitMQ says so, or one that went back before."""
     return bool(message.options.get(DUPLICATES) or getattr(message, "redelivered", False))
 
 
 def _put_back(broker: Any, message: Any, delay: float, options: dict[str, Any], why: str) -> NoReturn:
-    copy = message.copy(options=options)
     delay = min(delay, _LONGEST_DELAY)
     for pause in _PAUSES:
         _never.wait(pause)
+        if pause or is_copy(message):
+            # A broker that was away, as one that delivers again, may have the original still.
+            options = {DUPLICATES: message.options.get(DUPLICATES) or 1, **options}
         try:
-            broker.enqueue(copy, delay=int(delay * 1000))
+            broker.enqueue(message.copy(options=options), delay=int(delay * 1000))
             break
         except Exception:
             logger.exception("message %s could not be put back (%s)", message.message_id, why)
