@@ -362,7 +362,7 @@ class HeldLock:
         footing.backend = space.backend
         if request.max_waiters is not None:
             self._refuse_long_queue(space, request)
-        blocker = yield from space.claims.enter(footing, request, current_owner())
+        blocker = yield from space.claims.enter(footing, request, _owner())
         if blocker is not None:
             raise self._conflict(request, _describe(blocker))
         if footing.fresh:  # else the owner holds all of it already
@@ -406,7 +406,7 @@ class HeldLock:
         if settings.dsn is not None:
             yield from require_one_space(connection, settings.dsn)
         space = self._space = yield from space_for(connection, settings)
-        owner = current_owner()
+        owner = _owner()
         outer = tuple(key for key in request.keys if space.claims.find(key, owner) is not None)
         if outer:
             # A block around the transaction holds it, on a session: that session would not let our transaction in.
@@ -627,6 +627,10 @@ def assert_locked(*keys: Key) -> None:
             texts = ", ".join(repr(text) for one in active for text in one.keys) or "none"
             raise LockNotHeld(f"lock {wanted.text!r} is not held here; held: {texts}", wanted.text)
         held.check()
+
+
+def _owner() -> object:
+    return current_owner(nested=_stack.get() is not None)
 
 
 def _by_number(key: LockKey) -> int:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from concurrency_safe.core.errors import ConfigurationError, LockCapacityError, LockReentrancyError
@@ -65,7 +67,7 @@ class Claim:
         """Say who has it, in a few words."""
         if isinstance(self.owner, asyncio.Task):
             return f"task {self.owner.get_name()!r}"
-        return f"thread {getattr(self.owner, 'name', None) or self.owner!r}"
+        return f"thread {getattr(self.owner, 'name', 'of several tasks')!r}"
 
 
 class Footing:
@@ -284,16 +286,36 @@ class Ownership:
             self._slots[claim.key.number] = claim.slots
 
 
-def current_owner() -> object:
+#: Whose task's synchronous part runs in this context, in a thread that tasks share.
+_shared_thread_owner: ContextVar[object] = ContextVar("concurrency_safe_owner")
+
+
+def current_owner(*, nested: bool = False) -> object:
     """Say who is running: the asyncio task, or else the thread (the greenlet, when gevent has patched `threading`).
 
-    The objects themselves, since a number is used again after its thread's end.
+    The objects themselves, since a number is used again after its thread's end. asgiref's `sync_to_async` runs parts of
+    many tasks in one thread; there it is the context that tells them apart, which asgiref takes there and back.
+    `nested`: a lock is held in this context already, from before asgiref came into play: then it is the thread's.
     """
     if asyncio._get_running_loop() is not None:  # noqa: SLF001 - documented as public for this purpose, and never raises
         task = asyncio.current_task()
         if task is not None:
             return task
+    elif _in_shared_thread():
+        try:
+            return _shared_thread_owner.get()
+        except LookupError:
+            if nested:
+                return threading.current_thread()
+            owner = object()
+            _shared_thread_owner.set(owner)
+            return owner
     return threading.current_thread()
+
+
+def _in_shared_thread() -> bool:
+    asgiref: Any = sys.modules.get("asgiref.sync")
+    return asgiref is not None and hasattr(asgiref.SyncToAsync.threadlocal, "main_event_loop")
 
 
 def _refuse_another_mode(held: Claim, request: Request) -> None:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.db import connection, transaction
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncRequestFactory
@@ -83,7 +83,12 @@ def test_no_two_tasks_hold_a_key(store: LockStore) -> None:
         async with lock("warm"):
             pass
         async with gaps() as seen:
-            await asyncio.gather(*(work(number) for number in range(TASKS)))
+            tasks = []
+            for number in range(TASKS):
+                tasks.append(asyncio.create_task(work(number)))
+                if number % 20 == 0:  # the start of hundreds in one turn of the loop is its caller's time
+                    await asyncio.sleep(0)
+            await asyncio.gather(*tasks)
         return seen
 
     # Another process on this machine may take the loop's time: what is there in each of several runs is our doing.
@@ -165,6 +170,48 @@ def test_a_task_and_a_thread_exclude_each_other(store: LockStore) -> None:
         await asyncio.create_task(main(), name="holder")
 
     asyncio.run(named())
+
+
+def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other() -> None:
+    """As in Django's async views: sync_to_async runs them all in one thread."""
+    inside: list[int] = []
+
+    async def work(number: int) -> bool:
+        try:
+            held = await sync_to_async(lock("one", timeout=0).acquire)()
+        except LockAcquireTimeout:
+            return False
+        inside.append(number)
+        await asyncio.sleep(0.01)
+        again = await sync_to_async(lock("one", timeout=0).acquire)()
+        await sync_to_async(again.release)()
+        assert inside == [number]
+        inside.clear()
+        await sync_to_async(held.release)()
+        return True
+
+    async def main() -> list[bool]:
+        return await asyncio.gather(*(work(number) for number in range(5)))
+
+    assert asyncio.run(main()).count(True) == 1
+
+
+def test_a_thread_that_calls_a_coroutine_that_calls_back_enters_again(store: LockStore) -> None:
+    """async_to_sync runs the synchronous parts of what it calls in the calling thread."""
+
+    def inner() -> int:
+        with lock("one", timeout=0):
+            return store.rows()
+
+    def outer() -> int:
+        with lock("one"):
+            return async_to_sync(sync_to_async(inner))()
+
+    thread: list[int] = []
+    running = threading.Thread(target=lambda: thread.append(outer()))
+    running.start()
+    running.join()
+    assert thread == [1]
 
 
 def test_a_child_task_is_another_owner() -> None:
