@@ -82,7 +82,7 @@ def is_alive(pid: int) -> bool:
     """Say whether a process runs; a zombie that nobody has buried yet doesn't."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between opening and reading
         return False
 
 
