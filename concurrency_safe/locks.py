@@ -31,7 +31,7 @@ from concurrency_safe.core.keys import LockKey, lock_key
 from concurrency_safe.core.options import UNSET, LockOptions, Unset
 from concurrency_safe.core.sessions import Request
 from concurrency_safe.core.steps import Steps
-from concurrency_safe.ownership import Claim, Footing, current_owner
+from concurrency_safe.ownership import Claim, Footing, Owner, running
 from concurrency_safe.postgres.alias import (
     in_transaction,
     others_in_transaction,
@@ -362,7 +362,8 @@ class HeldLock:
         footing.backend = space.backend
         if request.max_waiters is not None:
             self._refuse_long_queue(space, request)
-        blocker = yield from space.claims.enter(footing, request, _owner())
+        owner = footing.owner = _current_owner()
+        blocker = yield from space.claims.enter(footing, request, owner)
         if blocker is not None:
             raise self._conflict(request, _describe(blocker))
         if footing.fresh:  # else the owner holds all of it already
@@ -406,7 +407,7 @@ class HeldLock:
         if settings.dsn is not None:
             yield from require_one_space(connection, settings.dsn)
         space = self._space = yield from space_for(connection, settings)
-        owner = _owner()
+        owner = _current_owner()
         outer = tuple(key for key in request.keys if space.claims.find(key, owner) is not None)
         if outer:
             # A block around the transaction holds it, on a session: that session would not let our transaction in.
@@ -489,7 +490,7 @@ class HeldLock:
     def _leave_context(self) -> None:
         # Nobody may know the net any more: its callback would run at every end of a lock, and swallow interrupts.
         net, self._net = self._net, None
-        self._footing.lock = None
+        self._footing.lock = self._footing.owner = None
         if net is not None:
             _nets.discard(net)
             _stack.set(_without(net, _stack.get()))
@@ -629,8 +630,16 @@ def assert_locked(*keys: Key) -> None:
         held.check()
 
 
-def _owner() -> object:
-    return current_owner(nested=_stack.get() is not None)
+def _current_owner() -> Owner:
+    """Give the owner of the locks that the running flow holds; a new one when it holds none."""
+    who, part = running()
+    stack = _stack.get()
+    while stack is not None:
+        net, stack = stack
+        owner = net.footing.owner
+        if owner is not None and owner.who is who and owner.part is part:
+            return owner
+    return Owner(who, part)
 
 
 def _by_number(key: LockKey) -> int:
@@ -669,4 +678,4 @@ def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, tex
 
 def _describe(claim: Claim) -> str:
     what = f" {describe_work(claim.work)}" if claim.work else ""
-    return f"{claim} of this process (pid {os.getpid()}){what}"
+    return f"{claim.owner} of this process (pid {os.getpid()}){what}"

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from concurrency_safe.core.errors import ConfigurationError, LockCapacityError, LockReentrancyError
@@ -38,7 +38,7 @@ class Claim:
 
     __slots__ = ("held", "key", "number", "owner", "session", "shared", "slots", "stands", "token", "work")
 
-    def __init__(self, key: LockKey, request: Request, owner: object, footing: Footing) -> None:
+    def __init__(self, key: LockKey, request: Request, owner: Owner, footing: Footing) -> None:
         """Claim `key` for `owner`; nothing is owned yet."""
         self.key = key
         self.shared = request.shared
@@ -63,12 +63,6 @@ class Claim:
             if lock is not None:
                 lock._tell_lost()  # noqa: SLF001 - a HeldLock's, for us
 
-    def __str__(self) -> str:
-        """Say who has it, in a few words."""
-        if isinstance(self.owner, asyncio.Task):
-            return f"task {self.owner.get_name()!r}"
-        return f"thread {getattr(self.owner, 'name', 'of several tasks')!r}"
-
 
 class Footing:
     """What one acquisition stands on, written down step by step, so that it can be undone at any point."""
@@ -80,6 +74,7 @@ class Footing:
         "fresh",
         "home",
         "lock",
+        "owner",
         "ownership",
         "pid",
         "session",
@@ -95,6 +90,8 @@ class Footing:
         self._gate: ThreadGate | LoopGate | None = None
         #: The lock whose footing this is, weakly: it must not keep a forgotten one alive.
         self.lock: Callable[[], Any] | None = None
+        #: Whose acquisition it is; None: not begun, or over.
+        self.owner: Owner | None = None
         self.ownership: Ownership | None = None
         #: The lock store in which the claims are held.
         self.backend: Any = None
@@ -125,7 +122,7 @@ class _Entry:
         #: Who asks the server now; an exclusive holder stays here.
         self.asker: Claim | None = None
         #: Readers, and holders of slots.
-        self.holders: dict[object, Claim] = {}
+        self.holders: dict[Owner, Claim] = {}
         #: Who waits for its turn to ask, the first first.
         self.queue: dict[Claim, Footing] = {}
 
@@ -155,7 +152,7 @@ class Ownership:
         # Re-entrant: the collector may run a finalizer, which leaves, while this thread is in here.
         self._mutex = threading.RLock()
 
-    def find(self, key: LockKey, owner: object) -> Claim | None:
+    def find(self, key: LockKey, owner: Owner) -> Claim | None:
         """Give the claim by which `owner` holds `key` already.
 
         Raises: ConfigurationError: another key of this process has the same number.
@@ -166,14 +163,14 @@ class Ownership:
         if entry is None:
             return None
         claim = entry.asker
-        if claim is None or claim.owner != owner or not claim.held:
+        if claim is None or claim.owner is not owner or not claim.held:
             claim = entry.holders.get(owner)
         if claim is None:
             return None
         _refuse_collision(entry.key, key)
         return claim
 
-    def enter(self, footing: Footing, request: Request, owner: object) -> Steps[Claim | None]:
+    def enter(self, footing: Footing, request: Request, owner: Owner) -> Steps[Claim | None]:
         """Make `owner` the one of this process who may ask for the keys, by the request's deadline.
 
         The keys that it holds already are counted once more; `footing.fresh` are the others.
@@ -286,36 +283,55 @@ class Ownership:
             self._slots[claim.key.number] = claim.slots
 
 
-#: Whose task's synchronous part runs in this context, in a thread that tasks share.
-_shared_thread_owner: ContextVar[object] = ContextVar("concurrency_safe_owner")
+class Owner:
+    """Who holds locks: a flow of control, which may enter again what it holds.
+
+    Not the thread alone: a pool's thread runs one job after the other, and asgiref's `sync_to_async` runs the
+    synchronous parts of many tasks in one thread. Not the context alone: a child task inherits a copy of it. So a flow
+    is known by the context in which it acquired (`locks` keeps its owners there), and by who runs.
+    """
+
+    __slots__ = ("part", "who")
+
+    def __init__(self, who: object, part: object) -> None:
+        """Take what `running` said. The objects themselves: their numbers are used again after their end."""
+        self.who = who
+        self.part = part
+
+    def __str__(self) -> str:
+        """Say who it is, in a few words."""
+        if isinstance(self.who, asyncio.Task):
+            return f"task {self.who.get_name()!r}"
+        return f"thread {getattr(self.who, 'name', '?')!r}"
 
 
-def current_owner(*, nested: bool = False) -> object:
+def running() -> tuple[object, object]:
     """Say who is running: the asyncio task, or else the thread (the greenlet, when gevent has patched `threading`).
 
-    The objects themselves, since a number is used again after its thread's end. asgiref's `sync_to_async` runs parts of
-    many tasks in one thread; there it is the context that tells them apart, which asgiref takes there and back.
-    `nested`: a lock is held in this context already, from before asgiref came into play: then it is the thread's.
+    With it, inside asgiref's `sync_to_async`: which call of it that is, since one thread runs those of many tasks.
     """
     if asyncio._get_running_loop() is not None:  # noqa: SLF001 - documented as public for this purpose, and never raises
         task = asyncio.current_task()
         if task is not None:
-            return task
-    elif _in_shared_thread():
-        try:
-            return _shared_thread_owner.get()
-        except LookupError:
-            if nested:
-                return threading.current_thread()
-            owner = object()
-            _shared_thread_owner.set(owner)
-            return owner
-    return threading.current_thread()
-
-
-def _in_shared_thread() -> bool:
+            return task, None
     asgiref: Any = sys.modules.get("asgiref.sync")
-    return asgiref is not None and hasattr(asgiref.SyncToAsync.threadlocal, "main_event_loop")
+    if asgiref is not None and hasattr(asgiref.SyncToAsync.threadlocal, "main_event_loop"):
+        return threading.current_thread(), _part(asgiref.SyncToAsync.thread_handler.__code__)
+    return threading.current_thread(), None
+
+
+def _part(entrance: CodeType) -> object:
+    """Give what stands for the innermost call of asgiref's `thread_handler`, or None.
+
+    asgiref says only that this thread has made such calls. Each call has a callable of its own to run (its `func`, in
+    every release since 3.6), which also tells it from an earlier one whose frame was at the same address.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe`, without importing it
+    while frame is not None:
+        if frame.f_code is entrance:
+            return frame.f_locals["func"]
+        frame = frame.f_back
+    return None
 
 
 def _refuse_another_mode(held: Claim, request: Request) -> None:

@@ -19,7 +19,7 @@ from concurrency_safe.gates import ThreadGate
 
 from .protocol import ServerGoneError, ServerRefusedError
 from .session import HEARTBEAT, LockSession
-from .waiting import drive
+from .waiting import drive, has_hung_up
 
 if TYPE_CHECKING:
     from .pool import SessionPool
@@ -80,8 +80,9 @@ class _Watcher:
         if session is None or pool is None:
             return
         with pool.mutex:
-            # In use, its user hears of the end by itself; with epoll this is the end in any case.
-            lost = not session.dead and (session.is_dead() if session.user is None else self.epoll is not None)
+            # The event may be an earlier session's, whose file had the same number: so look again. What a session in
+            # use receives is for its user to read.
+            lost = not session.dead and (session.is_dead() if session.user is None else has_hung_up(fd))
         if lost:
             pool.forget(session)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,6 +23,7 @@ from concurrency_safe import (
     Call,
     ConfigurationError,
     Guard,
+    HeldLock,
     LockAcquireTimeout,
     LockInTransaction,
     LockLost,
@@ -172,19 +175,26 @@ def test_a_task_and_a_thread_exclude_each_other(store: LockStore) -> None:
     asyncio.run(named())
 
 
-def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other() -> None:
-    """As in Django's async views: sync_to_async runs them all in one thread."""
+@pytest.mark.parametrize("outer", ["nothing", "a lock", "a released lock"])
+def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other(outer: str) -> None:
+    """As in Django's async views: sync_to_async runs them all in one thread, and a task's parts one by one."""
     inside: list[int] = []
+
+    def enter_twice() -> HeldLock:
+        with lock("one", timeout=0), lock("one", timeout=0):
+            return lock("one", timeout=0).acquire()
 
     async def work(number: int) -> bool:
         try:
-            held = await sync_to_async(lock("one", timeout=0).acquire)()
+            held = await sync_to_async(enter_twice)()
         except LockAcquireTimeout:
             return False
         inside.append(number)
         await asyncio.sleep(0.01)
-        again = await sync_to_async(lock("one", timeout=0).acquire)()
-        await sync_to_async(again.release)()
+        child = asyncio.create_task(work(number + 100))
+        assert not await child
+        with pytest.raises(LockAcquireTimeout, match="thread"):  # another part, which may be anybody's
+            await sync_to_async(enter_twice)()
         assert inside == [number]
         inside.clear()
         await sync_to_async(held.release)()
@@ -193,25 +203,45 @@ def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other() -> No
     async def main() -> list[bool]:
         return await asyncio.gather(*(work(number) for number in range(5)))
 
+    if outer == "nothing":
+        assert asyncio.run(main()).count(True) == 1
+    else:
+        with lock("outer") as held:
+            if outer == "a released lock":
+                held.release()
+            assert asyncio.run(main()).count(True) == 1
     assert asyncio.run(main()).count(True) == 1
 
 
-def test_a_thread_that_calls_a_coroutine_that_calls_back_enters_again(store: LockStore) -> None:
-    """async_to_sync runs the synchronous parts of what it calls in the calling thread."""
+def test_jobs_that_share_a_thread_exclude_each_other() -> None:
+    """A lock that a job has left behind is no reason to let the next job in."""
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(contextvars.copy_context().run, lock("one").acquire).result()
+        with pytest.raises(LockAcquireTimeout, match="thread 'ThreadPoolExecutor"):
+            pool.submit(contextvars.copy_context().run, lock("one", timeout=0).acquire).result()
+        held.release()
 
-    def inner() -> int:
-        with lock("one", timeout=0):
-            return store.rows()
 
-    def outer() -> int:
+def test_a_thread_that_lends_itself_to_a_coroutine_goes_on_as_before() -> None:
+    """async_to_sync runs the synchronous parts of what it calls in the calling thread; they are the coroutine's."""
+
+    def inner() -> None:
+        with lock("two", timeout=0), lock("two", timeout=0):
+            pass
+        with pytest.raises(LockAcquireTimeout, match="thread 'lender'"):
+            lock("one", timeout=0).acquire()
+
+    def outer() -> None:
         with lock("one"):
-            return async_to_sync(sync_to_async(inner))()
+            async_to_sync(sync_to_async(inner))()
+            with lock("one", timeout=0):
+                ended.append(True)
 
-    thread: list[int] = []
-    running = threading.Thread(target=lambda: thread.append(outer()))
-    running.start()
-    running.join()
-    assert thread == [1]
+    ended: list[bool] = []
+    lender = threading.Thread(target=outer, name="lender")
+    lender.start()
+    lender.join()
+    assert ended == [True]
 
 
 def test_a_child_task_is_another_owner() -> None:

@@ -27,7 +27,7 @@ from concurrency_safe.core.keys import LockKey
 from concurrency_safe.core.sessions import Request, StoreOptions
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.gates import ThreadGate
-from concurrency_safe.ownership import Claim, Footing, Ownership, current_owner
+from concurrency_safe.ownership import Claim, Footing, Owner, Ownership, running
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.inspect import session_name, short
 from concurrency_safe.postgres.session import complete_conninfo, open_session
@@ -41,7 +41,7 @@ HOLDER = (
 )
 
 
-def enter(claims: Ownership, footing: Footing, key: LockKey, owner: object) -> Steps[Claim | None]:
+def enter(claims: Ownership, footing: Footing, key: LockKey, owner: Owner) -> Steps[Claim | None]:
     """Queue for `key` as a lock does."""
     return claims.enter(footing, Request((key,)), owner)
 
@@ -64,33 +64,24 @@ def test_more_locks_than_max_held_are_refused(store: LockStore) -> None:
 @pytest.mark.parametrize("owner", ["the same", "another"])
 def test_two_keys_of_one_number_are_refused(owner: str) -> None:
     claims = Ownership(10)
-    me = object()
+    me = Owner(threading.current_thread(), None)
     held = Footing(None)
     assert drive(enter(claims, held, LockKey("one", 7), me)) is None
     claims.confirm(held)
 
     with pytest.raises(ConfigurationError, match="'one' and 'two' have the same number 7"):
-        drive(enter(claims, Footing(None), LockKey("two", 7), me if owner == "the same" else object()))
+        drive(enter(claims, Footing(None), LockKey("two", 7), me if owner == "the same" else Owner(me.who, None)))
     claims.leave(held.claims[0])
     assert claims.find(LockKey("one", 7), me) is None
 
 
-def test_the_owner_is_the_running_task() -> None:
-    async def owner() -> tuple[object, object]:
-        return current_owner(), asyncio.current_task()
-
-    first, task = asyncio.run(owner())
-    assert first is task
-    assert current_owner() is threading.current_thread()
-
-
 def test_a_callback_of_the_loop_is_no_task() -> None:
-    async def owner() -> object:
-        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_soon(lambda: answer.set_result(current_owner()))
+    async def who() -> tuple[object, object]:
+        answer: asyncio.Future[tuple[object, object]] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: answer.set_result(running()))
         return await answer
 
-    assert asyncio.run(owner()) is threading.current_thread()
+    assert asyncio.run(who()) == (threading.current_thread(), None)
 
 
 def test_an_interrupt_as_a_lock_leaves_its_key_leaves_nothing() -> None:
@@ -111,11 +102,13 @@ def test_an_interrupt_as_a_lock_leaves_its_key_leaves_nothing() -> None:
             super().discard(claim)
 
     held = lock("one").acquire()
+    owner = held._footing.owner
     assert held._space is not None
+    assert owner is not None
     held._space.claims._held = Interrupted(held._space.claims._held)
     with pytest.raises(Interrupt):
         held.release()
-    assert held._space.claims.find(held._keys[0], current_owner()) is None
+    assert held._space.claims.find(held._keys[0], owner) is None
 
 
 def test_a_gate_may_be_opened_twice() -> None:

@@ -14,7 +14,7 @@ from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Request, StoreOptions
 from concurrency_safe.locks import _kept
 from concurrency_safe.memory import MemoryBackend
-from concurrency_safe.ownership import Claim, Footing
+from concurrency_safe.ownership import Claim, Footing, Owner
 from concurrency_safe.postgres import pool as pools
 from concurrency_safe.postgres import watch as watchers
 from concurrency_safe.postgres.backend import PostgresBackend
@@ -61,7 +61,7 @@ def test_an_acquisition_that_is_cut_off_leaves_the_others_on_its_session(
     footing = Footing(None)
     footing.backend = backend
     request = Request((lock_key("one"),))
-    claim = Claim(request.keys[0], request, object(), footing)
+    claim = Claim(request.keys[0], request, Owner(None, None), footing)
     acquiring = backend.acquire(footing, request, [claim])
     next(acquiring)  # sent, and waits for the answer
     acquiring.close()
@@ -107,7 +107,9 @@ def test_a_conflict_whose_turn_can_not_end_hides_nothing(backend: PostgresBacken
     kept = lock("kept", backend=backend).acquire()
     session, footing = session_of(kept), Footing(None)
     request = Request((lock_key("taken"),), timeout=0)
-    assert drive(backend.acquire(footing, request, [Claim(request.keys[0], request, object(), footing)])) is None
+    assert (
+        drive(backend.acquire(footing, request, [Claim(request.keys[0], request, Owner(None, None), footing)])) is None
+    )
     session.debts.add((lock_key("one").number, False))
     wire.fail(b"DEALLOCATE", cut)
     assert str(rival.pid) in (drive(backend.conflict(footing, request)) or "")
@@ -206,6 +208,20 @@ def test_the_watcher_asks_a_quiet_holder_and_nobody_who_is_busy(backend: Postgre
     held.release()
 
 
+def test_an_event_of_an_earlier_session_ends_no_later_one(backend: PostgresBackend) -> None:
+    """Their files may have had the same number, and the watcher hears late."""
+    held = lock("one", backend=backend).acquire()
+    session, watcher = session_of(held), watchers._watcher
+    assert watcher is not None
+    watcher.inspect(session.pgconn.socket)
+    user = Footing(None)
+    drive(backend.pool.take(user, session))
+    watcher.inspect(session.pgconn.socket)
+    drive(backend.pool.free(user))
+    assert not held.is_lost
+    held.release()
+
+
 def test_a_watcher_that_fails_goes_on(backend: PostgresBackend, caplog: pytest.LogCaptureFixture) -> None:
     with lock("one", backend=backend):
         watcher = watchers._watcher
@@ -225,7 +241,7 @@ def test_a_claim_of_a_forgotten_lock_has_nobody_to_tell() -> None:
     footing = Footing(None)
     footing.lock = lambda: None
     request = Request((lock_key("one"),))
-    Claim(request.keys[0], request, object(), footing).lose()
+    Claim(request.keys[0], request, Owner(None, None), footing).lose()
 
 
 def test_memory_has_no_holder_to_name() -> None:
