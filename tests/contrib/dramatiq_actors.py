@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import threading
 from functools import partial
 from typing import Any
@@ -303,9 +304,9 @@ def tiny(number: int) -> int:
 
 @actor(lock_key="brief:{key}", lock_timeout=None, store_results=True, max_retries=0)
 def brief(key: str, seconds: float) -> str:
-    """Work in small steps, so that an interrupt comes through."""
+    """Work in small steps, so that an interrupt comes through; each a single call, which it can't leave half done."""
     for _ in range(round(seconds * 1000)):
-        _never.wait(0.001)
+        select.select([], [], [], 0.001)
     return key
 
 

@@ -207,20 +207,21 @@ def test_1000_messages_take_a_session_a_thread_and_leave_none(own_crew: Workers)
 
 @pytest.mark.parametrize("how", ["binary", "python", "gevent"])
 def test_interrupts_at_random_moments_leave_nothing(how: str, own_crew: Workers) -> None:
-    """Two keys for eight threads: some wait, some work, some release when their time is over."""
+    """Two keys for eight threads: a limit strikes those who ask, wait, work; not Dramatiq's own code behind them."""
     crew = own_crew
     crew.environment["PSYCOPG_IMPL"] = "binary" if how == "gevent" else how
     crew.start(2, 4, program="tests.contrib.gevent_worker" if how == "gevent" else "dramatiq")
-    sent = [
-        crew.send(actors.brief, str(number % 2), random.uniform(0, 0.03), time_limit=random.uniform(5, 60))
-        for number in range(170)
-    ]
-    ended = [_end(crew, one) for one in sent]
+    struck = [crew.send(actors.brief, str(number % 2), 1, time_limit=random.uniform(5, 60)) for number in range(120)]
+    spared = [crew.send(actors.brief, str(number % 2), 0.001 * (number % 4)) for number in range(50)]
+    assert {_end(crew, one) for one in spared} == {"done"}
+    ended = [_end(crew, one) for one in struck]
 
-    assert 0 < ended.count("TimeLimitExceeded") < len(sent)
-    assert set(ended) <= {"0", "1", "TimeLimitExceeded"}
+    # Python ignores what is raised in a finalizer, and psycopg has some where it is not compiled.
+    ignored = crew.logs().count("Exception ignored in: <function PG") if how == "python" else 0
+    assert set(ended) <= {"TimeLimitExceeded", "done"}
+    assert ended.count("done") <= ignored
     wait_for(lambda: crew.store.rows() == 0, 2.0)
-    wait_for(lambda: crew.queued() == 0 and crew.dead() == ended.count("TimeLimitExceeded"))
+    wait_for(lambda: (crew.queued(), crew.dead()) == (0, ended.count("TimeLimitExceeded")))
     with crew.closed_gate():
         gated = [crew.send(actors.at_gate, number) for number in range(8)]
         wait_for(lambda: crew.runs("at_gate") == 8)  # every thread is alive
@@ -229,6 +230,7 @@ def test_interrupts_at_random_moments_leave_nothing(how: str, own_crew: Workers)
 
 def _end(crew: Workers, message: Any) -> str:
     try:
-        return str(crew.result(message))
+        crew.result(message)
     except ResultFailure as failure:
-        return str(failure.orig_exc_type)
+        return "TimeLimitExceeded" if failure.orig_exc_type == "TimeLimitExceeded" else str(failure)
+    return "done"

@@ -143,10 +143,10 @@ with lock("gpu", slots=3):
 def test_slots_wait_in_order(store: LockStore) -> None:
     """The queue of a key with slots is the server's, too."""
     store.connection.execute(CREATE_FENCE)
-    held = [HeldSlot("gpu") for _ in range(2)]
+    held = [HeldSlot("line") for _ in range(2)]
     program = """
 configure(dsn=dsn, max_block=60, fencing=True)
-with lock("gpu", slots=2, timeout=None) as held:
+with lock("line", slots=2, timeout=None) as held:
     print(held.token)  # drawn in the statement of the grant
 """
     said: dict[int, str] = {}
@@ -165,8 +165,8 @@ with lock("gpu", slots=2, timeout=None) as held:
 
 
 def gates(store: LockStore) -> int:
-    """Count the one who holds the gate of "gpu", at the head of the queue."""
-    gate = slot_numbers(lock_key("gpu"), 2)[0] & 0xFFFFFFFF
+    """Count the one who holds the gate of "line", at the head of the queue."""
+    gate = slot_numbers(lock_key("line"), 2)[0] & 0xFFFFFFFF
     return store.count(f"l.granted AND l.objid = {gate}")
 
 
