@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 #: interrupted between two calls.
 LOOK_AGAIN = 0.25
 
+#: Keys with slots whose number of slots is remembered past their last holder; more, and the oldest is forgotten.
+SLOTS_KNOWN = 1000
+
 
 class Claim:
     """One owner's hold on one key, or its place in the queue for it."""
@@ -281,6 +284,8 @@ class Ownership:
             )
         if claim.slots > 1:
             self._slots[claim.key.number] = claim.slots
+            if len(self._slots) > SLOTS_KNOWN:
+                del self._slots[next(iter(self._slots))]
 
 
 class Owner:

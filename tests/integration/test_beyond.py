@@ -21,9 +21,11 @@ from concurrency_safe import (
     LockLost,
     configure,
     lock,
+    ownership,
 )
 from concurrency_safe.core.keys import lock_key, slot_numbers
 from concurrency_safe.core.sessions import StoreOptions
+from concurrency_safe.memory import MemoryBackend
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.sql import CREATE_FENCE
 from concurrency_safe.testing import PostgresServer
@@ -162,6 +164,18 @@ with lock("line", slots=2, timeout=None) as held:
         thread.join()
     tokens = [int(said[number]) for number in range(5)]
     assert tokens == sorted(tokens)
+
+
+def test_the_slots_of_many_keys_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "SLOTS_KNOWN", 2)
+    backend = MemoryBackend()
+    for number in range(5):
+        with lock(f"key {number}", slots=2, backend=backend):
+            pass
+    with lock("key 0", slots=3, backend=backend):
+        pass
+    with pytest.raises(ConfigurationError, match="uses it with slots=2"):
+        lock("key 4", slots=3, backend=backend).acquire()
 
 
 def gates(store: LockStore) -> int:
