@@ -26,7 +26,7 @@ from concurrency_safe import (
 from concurrency_safe.core.keys import LockKey
 from concurrency_safe.core.sessions import Request, StoreOptions
 from concurrency_safe.core.steps import Steps
-from concurrency_safe.gates import ThreadGate
+from concurrency_safe.gates import LoopGate, ThreadGate
 from concurrency_safe.ownership import Claim, Footing, Owner, Ownership, running
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.inspect import session_name, short
@@ -116,6 +116,16 @@ def test_a_gate_may_be_opened_twice() -> None:
     gate.open()
     gate.open()
     assert gate.wait(0)
+
+
+def test_a_gate_of_a_loop_may_be_opened_before_anybody_stands_at_it() -> None:
+    async def main() -> bool:
+        gate = LoopGate(asyncio.get_running_loop())
+        gate.open()
+        await asyncio.sleep(0)
+        return await gate.wait(0) and not await gate.wait(0)
+
+    assert asyncio.run(main())
 
 
 def test_a_released_lock_says_so() -> None:

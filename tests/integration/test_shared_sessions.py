@@ -222,6 +222,23 @@ def test_an_event_of_an_earlier_session_ends_no_later_one(backend: PostgresBacke
     held.release()
 
 
+def test_where_the_system_has_no_epoll_the_watcher_looks(
+    backend: PostgresBackend, store: LockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("select.epoll", raising=False)
+    looking = watchers._Watcher()
+    held = lock("one", backend=backend).acquire()
+    session = session_of(held)
+    looking.add(session, backend.pool)
+    looking.look()
+    assert not held.is_lost
+    store.connection.execute("SELECT pg_terminate_backend(%s, 5000)", [session.pid])
+    looking.look()
+    assert session.dead
+    with pytest.raises(LockLost):
+        held.release()
+
+
 def test_a_watcher_that_fails_goes_on(backend: PostgresBackend, caplog: pytest.LogCaptureFixture) -> None:
     with lock("one", backend=backend):
         watcher = watchers._watcher

@@ -72,6 +72,14 @@ def test_a_server_that_can_not_watch_its_clients_serves_all_the_same(wire: Wire,
     assert rival.is_free("one")
 
 
+def test_a_session_that_is_cut_in_its_first_statement_is_unavailable(wire: Wire, store: LockStore) -> None:
+    """An old one would be replaced: this one shows that the server can't be had."""
+    wire.fail(b"cs_try", cut)
+    with pytest.raises(LockUnavailable), lock("one"):
+        pytest.fail("the body ran unguarded")
+    wait_for(lambda: store.sessions() == 0)
+
+
 # A lock in use.
 
 
