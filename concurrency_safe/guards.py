@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache, update_wrapper
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -168,6 +168,32 @@ class Guard:
             if error is not lock.failure:
                 raise
             return self._resolve(error, args, kwargs, verbs)
+
+    def run_once(
+        self,
+        work: str,
+        run: Callable[[], Any],
+        met: Callable[[LockAcquireTimeout], Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verbs: Verbs,
+    ) -> Any:
+        """Call `run`, which calls `run_as`; where the lock admits several, never two of them for one `work`.
+
+        A queue delivers a message twice at times: two copies of it must not be two holders. `work`: the message's id;
+        `met`: what a copy does that meets the other.
+        """
+        if not self.shared and self.slots == 1:
+            return run()
+        options = replace(self.options, timeout=0, shared=False, slots=1, max_waiters=None)
+        lock = Lock((("concurrency_safe", work),), options)
+        try:
+            with lock:
+                return run()
+        except (LockAcquireTimeout, LockUnavailable) as error:
+            if error is not lock.failure:
+                raise
+            return met(error) if isinstance(error, LockAcquireTimeout) else self._resolve(error, args, kwargs, verbs)
 
     async def arun_as(
         self,

@@ -318,6 +318,11 @@ def at_gate(number: int) -> int:
     return number
 
 
+@actor(lock_key="two", lock_slots=2, on_conflict=SOON, store_results=True, max_retries=0)
+def two_at_gate(number: int) -> int:
+    return int(at_gate.fn(number))
+
+
 @actor(lock_key="one:{key}", lock_timeout=1.5, on_conflict=SOON, store_results=True, max_retries=0)
 def stubborn(key: str) -> str:
     note("stubborn", key)

@@ -145,6 +145,18 @@ def test_slots_let_so_many_run_at_once(fleet: Workers) -> None:
     assert [one.get(timeout=LIMIT) for one in sent] == ["a"] * 4
 
 
+def test_two_messages_of_one_task_are_not_two_holders_of_a_slot(fleet: Workers) -> None:
+    with fleet.closed_gate():
+        sent = tasks.two_at_gate.delay("a")
+        wait_for(lambda: fleet.runs("at_gate") == 1)
+        tasks.two_at_gate.apply_async(("a",), task_id=sent.id)
+        wait_for(lambda: f"[{sent.id}] ignored" in fleet.logs())
+
+    assert sent.get(timeout=LIMIT) == "a"
+    wait_for(lambda: f"[{sent.id}] has run already" in fleet.logs())
+    assert fleet.runs("at_gate") == 1
+
+
 def test_readers_share_and_a_writer_waits_for_them(fleet: Workers) -> None:
     with fleet.closed_gate():
         readers = [tasks.reads_at_gate.delay("a") for _ in range(3)]

@@ -125,6 +125,20 @@ def test_a_copy_whose_message_has_succeeded_meanwhile_does_not_run_again(tmp_pat
         wait_for(lambda: crew.queued() == 0)
 
 
+def test_two_copies_of_a_message_are_not_two_holders_of_a_slot(own_crew: Workers) -> None:
+    crew = own_crew
+    crew.start(1, 4)
+    with crew.closed_gate():
+        sent = crew.send(actors.two_at_gate, 1)
+        wait_for(lambda: crew.runs("at_gate") == 1)
+        crew.broker.enqueue(sent)
+        wait_for(lambda: "it runs already" in crew.logs())
+
+    assert crew.result(sent) == 1
+    wait_for(lambda: f"message {sent.message_id} has run already" in crew.logs(), 30)
+    assert crew.runs("at_gate") == 1
+
+
 @pytest.mark.parametrize("kind", BROKERS)
 def test_a_broker_that_is_gone_when_a_message_goes_back_loses_and_runs_nothing(kind: str, tmp_path: Path) -> None:
     server = RabbitMQServer() if kind == "rabbitmq" else ValkeyServer({"appendonly": "yes", "appendfsync": "always"})

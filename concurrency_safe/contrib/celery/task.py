@@ -7,6 +7,7 @@ outside `autoretry_for`, which would take a conflict for a failure of the body.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Task, signals
@@ -90,7 +91,10 @@ class ConcurrencySafeMixin:
         verbs = DIRECT if request.is_eager else Verbs(self._retry, self._skip, self._defer_copy)
         token = current_work.set(request.id)
         try:
-            return guard.run_as(template, self._run_once, args, kwargs, verbs)
+            run = partial(guard.run_as, template, self._run_once, args, kwargs, verbs)
+            if verbs is DIRECT:
+                return run()
+            return guard.run_once(request.id, run, lambda _: requeue.duplicate(task), args, kwargs, verbs)
         finally:
             current_work.reset(token)
 

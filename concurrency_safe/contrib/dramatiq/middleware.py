@@ -192,7 +192,8 @@ class _Body:
         verbs = Verbs(_postpone, partial(_skip, message), partial(_meet, message, declared[0]))
         work = current_work.set(message.message_id)
         try:
-            return self._call(declared, args, kwargs, verbs, message if requeue.is_copy(message) else None)
+            run = partial(self._call, declared, args, kwargs, verbs, message if requeue.is_copy(message) else None)
+            return declared[0].run_once(message.message_id, run, _met, args, kwargs, verbs)
         except _Postponed as postponed:
             self._disarm(message)
             requeue.later(self._broker, message, postponed.policy, postponed.error)
@@ -280,6 +281,10 @@ def _skip(message: Any, policy: Skip, conflict: LockAcquireTimeout) -> Any:
     """Give the result of a skip. It is a result, since groups and pipelines end silently at a SkipMessage."""
     logger.info("message %s of actor %s was skipped: %s", message.message_id, message.actor_name, conflict)
     return policy.result
+
+
+def _met(conflict: LockAcquireTimeout) -> Any:
+    raise _MetItself(conflict)
 
 
 def _meet(message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
