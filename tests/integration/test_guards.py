@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
 import pytest
 
 from concurrency_safe import (
@@ -15,6 +19,9 @@ from concurrency_safe import (
     configure,
     current_lock,
 )
+from concurrency_safe.core.templates import KeyTemplate
+from concurrency_safe.guards import DIRECT
+from concurrency_safe.memory import MemoryBackend
 from tests.integration.conftest import Rival
 
 
@@ -69,3 +76,34 @@ def test_a_store_that_is_away_is_no_conflict(policy: object, rival: Rival) -> No
 
     with pytest.raises(LockUnavailable):
         Guard("stock:{sku}", timeout=0, on_conflict=policy).run(body, "A")
+
+
+@pytest.mark.parametrize("options", [{"slots": 2}, {"shared": True}])
+def test_a_work_that_several_may_do_is_done_once_at_a_time(options: dict[str, Any]) -> None:
+    """A queue may deliver one message twice; another message's is no matter of it."""
+    guard = Guard("gpu", backend=MemoryBackend(), **options)
+
+    def body(depth: int) -> list[str]:
+        def deeper(work: str) -> list[str]:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(once, work, depth + 1).result()
+
+        return ["ran", *deeper("one"), *deeper("two")] if depth == 0 else ["ran"]
+
+    def once(work: str, depth: int) -> list[str]:
+        template = KeyTemplate("gpu", body)
+        run = partial(guard.run_as, template, body, (depth,), {}, DIRECT)
+        done: list[str] = guard.run_once(work, run, lambda met: [met.key], (depth,), {}, DIRECT)
+        return done
+
+    assert once("one", 0) == ["ran", "(concurrency_safe/one)", "ran"]
+
+
+def test_a_conflict_of_the_work_itself_is_its_own() -> None:
+    guard = Guard("gpu", slots=2, backend=MemoryBackend())
+
+    def run() -> None:
+        raise LockAcquireTimeout("of the body")
+
+    with pytest.raises(LockAcquireTimeout, match="of the body"):
+        guard.run_once("one", run, lambda _: pytest.fail("no copy"), (), {}, DIRECT)
