@@ -30,6 +30,8 @@ class LockSpace:
 _OF_A_SPACE = ("pool_size", "pool_idle", "max_block", "max_held", "fencing", "pooler")
 
 _spaces: dict[tuple[object, ...], LockSpace] = {}
+#: What was asked for last, and is mostly asked for next.
+_last: tuple[str, Settings | None, LockSpace | None] = ("", None, None)
 _own_claims: weakref.WeakKeyDictionary[object, Ownership] = weakref.WeakKeyDictionary()
 _alias_dsns: dict[tuple[object, ...], str] = {}
 _verified: set[tuple[str, str]] = set()
@@ -105,6 +107,15 @@ def _dsn_of(connection: BaseDatabaseWrapper) -> str:
 
 
 def _space(dsn: str, settings: Settings) -> LockSpace:
+    global _last  # noqa: PLW0603 - a whole tuple each time, so that no thread sees half of it
+    last_dsn, last_settings, space = _last
+    if settings is not last_settings or dsn != last_dsn or space is None:
+        space = _space_named(dsn, settings)
+        _last = (dsn, settings, space)
+    return space
+
+
+def _space_named(dsn: str, settings: Settings) -> LockSpace:
     name = (dsn, *(getattr(settings, each) for each in _OF_A_SPACE))
     space = _spaces.get(name)
     if space is None:

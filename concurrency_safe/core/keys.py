@@ -43,6 +43,8 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
     """
     if isinstance(key, LockKey):
         return key
+    if type(key) is str:
+        return _plain(key, namespace)
     if isinstance(key, str):
         # A lazy object, as Django's, is a str by its __class__ alone.
         text = check_text(key if issubclass(type(key), str) else str(key))
@@ -55,6 +57,12 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
         text = "/".join(part.replace("\\", r"\\").replace("/", r"\/") for part in parts)
         return LockKey(f"({text})", _number(namespace, b"parts", *parts))
     raise KeyTemplateError(f"a key is a text or a tuple of parts, not {type(key).__name__}: {key!r}")
+
+
+@lru_cache(maxsize=512)
+def _plain(text: str, namespace: str) -> LockKey:
+    """Give the key of an ordinary text; an error is not remembered."""
+    return LockKey(check_text(text), _number(namespace, b"text", text))
 
 
 def slot_numbers(key: LockKey, slots: int) -> tuple[int, ...]:
