@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -271,4 +272,10 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--examples", type=int, default=10)
     given = parser.parse_args()
-    print(f"seed {given.seed}: {run(given.seed, given.seconds, given.examples)} steps, no failure")  # noqa: T201 - its only words
+    try:
+        made = run(given.seed, given.seconds, given.examples)
+    except BaseException:  # noqa: BLE001 - told, and the end
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # the threads of a walk that failed may wait for ever
+    print(f"seed {given.seed}: {made} steps, no failure")  # noqa: T201 - its only words
