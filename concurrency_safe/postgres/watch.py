@@ -7,9 +7,11 @@ nothing at all: holders' sessions are asked for a sign of life when they have ha
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import select
+import sys
 import threading
 import time
 import weakref
@@ -29,6 +31,9 @@ logger = logging.getLogger("concurrency_safe")
 #: Seconds between two looks: for signs of life with epoll, at the sockets themselves without it.
 LOOK_WITH_EPOLL, LOOK = 1.0, 0.05
 
+#: Seconds in which the watcher's thread must be there, and how often it is started.
+START_LIMIT, STARTS = 1.0, 3
+
 
 class _Watcher:
     """Uses sessions as a borrower does, when nobody else does."""
@@ -42,7 +47,9 @@ class _Watcher:
         self.gate = ThreadGate()
         self.sessions: dict[int, tuple[weakref.ref[LockSession], SessionPool]] = {}
         self.epoll = select.epoll() if hasattr(select, "epoll") else None
-        self.thread = threading.Thread(target=self.run, name="concurrency_safe watcher", daemon=True)
+        self.is_running = False
+        self._up = ThreadGate()
+        self._only = threading.Lock()
 
     def add(self, session: LockSession, pool: SessionPool) -> None:
         fd = session.pgconn.socket
@@ -50,7 +57,29 @@ class _Watcher:
         if self.epoll is not None:
             self.epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
+    def start(self) -> None:
+        """Start the thread, and see it run.
+
+        Not by `threading`, whose `start` waits for ever for a thread that dies at birth: an asynchronous exception for
+        the starter goes to the thread that it starts, which bears its number for a moment (`_PyThreadState_Prealloc`).
+        """
+        for _ in range(STARTS):
+            _thread.start_new_thread(self._begin, ())
+            if self._up.wait(START_LIMIT) or self.is_running:
+                return
+        logger.error("the watcher of lock sessions does not start; a lost lock is told at its release only")
+
+    def _begin(self) -> None:  # pragma: no cover - nobody traces here yet
+        """Let debuggers and coverage see this thread, as `threading` would, then run."""
+        sys.settrace(threading.gettrace())
+        self.run()
+
     def run(self) -> None:
+        if not self._only.acquire(blocking=False):
+            return
+        threading.current_thread().name = "concurrency_safe watcher"
+        self.is_running = True
+        self._up.open()
         while True:
             try:
                 self.look()
@@ -109,10 +138,9 @@ _watcher: _Watcher | None = None
 def watch(session: LockSession, pool: SessionPool) -> None:
     """Let the watcher of this process look after `session`; it is started with the first one."""
     global _watcher  # noqa: PLW0603 - one a process
-    if _watcher is None or _watcher.pid != os.getpid():
-        fresh = _Watcher()
-        _watcher = fresh
-        fresh.add(session, pool)
-        fresh.thread.start()
-    else:
-        _watcher.add(session, pool)
+    watcher = _watcher
+    if watcher is None or watcher.pid != os.getpid():
+        watcher = _watcher = _Watcher()
+    watcher.add(session, pool)
+    if not watcher.is_running:
+        watcher.start()
