@@ -155,10 +155,11 @@ class LockSession:
             fenced=fenced,
             name=None if known == name else name.encode(),
         )
-        self.name = name
-        if result is None:
+        if result is None:  # and the name was taken back with the statement
+            self.name = name if known == name else None
             self.debts.clear()
             return None
+        self.name = name
         return Grant(tuple(numbers), token_of(result, 0) if fenced else None)
 
     def release(self, numbers: Sequence[int], *, shared: bool) -> Steps[bool]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from concurrency_safe import HeldLock, LockLost, LockUnavailable, lock
+from concurrency_safe import HeldLock, LockAcquireTimeout, LockLost, LockUnavailable, lock
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Request, StoreOptions
 from concurrency_safe.locks import _kept
@@ -189,6 +189,21 @@ def test_a_waiter_behind_a_pooler_whom_an_operator_cancels_is_unavailable(
         pytest.fail("two holders")
     canceling.join()
     backend.close()
+
+
+def test_a_session_whose_wait_was_in_vain_knows_its_name(
+    backend: PostgresBackend, rival: Rival, store: LockStore
+) -> None:
+    """The server takes back what a statement that fails has set."""
+    kept = lock("kept", backend=backend).acquire()
+    rival.hold("taken")
+    for _ in range(2):  # on a session of its own, then on the same
+        with pytest.raises(LockAcquireTimeout):
+            lock("taken", backend=backend, timeout=0.02).acquire()
+        said = dict(store.connection.execute("SELECT pid, application_name FROM pg_stat_activity").fetchall())
+        assert len(backend.pool.sessions) == 2
+        assert all(one.name in (None, said[one.pid]) for one in backend.pool.sessions)
+    kept.release()
 
 
 # The watcher.
