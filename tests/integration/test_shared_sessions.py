@@ -200,7 +200,9 @@ def test_a_session_whose_wait_was_in_vain_knows_its_name(
     for _ in range(2):  # on a session of its own, then on the same
         with pytest.raises(LockAcquireTimeout):
             lock("taken", backend=backend, timeout=0.02).acquire()
-        said = dict(store.connection.execute("SELECT pid, application_name FROM pg_stat_activity").fetchall())
+        said: dict[int, str] = dict(
+            store.connection.execute("SELECT pid, application_name FROM pg_stat_activity").fetchall()
+        )
         assert len(backend.pool.sessions) == 2
         assert all(one.name in (None, said[one.pid]) for one in backend.pool.sessions)
     kept.release()
