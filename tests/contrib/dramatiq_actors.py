@@ -314,7 +314,7 @@ def brief(key: str, seconds: float) -> str:
 def at_gate(number: int) -> int:
     """Wait until the test opens the gate."""
     note("at_gate", number)
-    write("SELECT FROM gate")
+    write("SELECT FROM gate FOR SHARE")
     return number
 
 

@@ -223,7 +223,7 @@ def test_1000_messages_take_a_session_a_thread_and_leave_none(own_crew: Workers)
 def test_interrupts_at_random_moments_leave_nothing(how: str, own_crew: Workers) -> None:
     """Two keys for eight threads: a limit strikes those who ask, wait, work; not Dramatiq's own code behind them."""
     crew = own_crew
-    crew.environment["PSYCOPG_IMPL"] = "binary" if how == "gevent" else how
+    crew.environment |= {"PSYCOPG_IMPL": "binary" if how == "gevent" else how, "dramatiq_queue_prefetch": "4"}
     crew.start(2, 4, program="tests.contrib.gevent_worker" if how == "gevent" else "dramatiq")
     struck = [crew.send(actors.brief, str(number % 2), 1, time_limit=random.uniform(5, 60)) for number in range(120)]
     spared = [crew.send(actors.brief, str(number % 2), 0.001 * (number % 4)) for number in range(50)]
