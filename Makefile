@@ -13,7 +13,7 @@ ARGS ?=
 PYTEST_ARGS ?= $(ARGS)
 
 # The heart: a lock that is wrong in one rare branch is a wrong lock, so tests pass through every branch of these.
-HEART := $(foreach each,core/* postgres/* locks.py guards.py ownership.py spaces.py conf.py gates.py memory.py fencing.py,concurrency_safe/$(each),)
+HEART := $(foreach each,core/* postgres/* locks.py guards.py ownership.py spaces.py conf.py gates.py memory.py fencing.py ticks.py,concurrency_safe/$(each),)
 
 # Where the system has it: whatever we start is interrupted when make itself is killed, -9 included.
 TETHER := $(shell t='env --default-signal=INT setpriv --pdeathsig INT'; $$t true 2>/dev/null && echo $$t)

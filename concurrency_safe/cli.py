@@ -22,14 +22,22 @@ except ImportError as error:
     raise ImportError('click is not installed; run: pip install "django-concurrency-safe[cli]"') from error
 
 from concurrency_safe.conf import django_is_configured, get_settings
-from concurrency_safe.core.errors import ConcurrencySafeError, KeyTemplateError, LockAcquireTimeout, LockLost
+from concurrency_safe.core.errors import (
+    ConcurrencySafeError,
+    ConfigurationError,
+    KeyTemplateError,
+    LockAcquireTimeout,
+    LockLost,
+)
 from concurrency_safe.core.keys import Rendered, lock_key
+from concurrency_safe.core.ticks import TickRule, tick_rule
 from concurrency_safe.locks import HeldLock, lock
 from concurrency_safe.ownership import Footing
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.look import look
 from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.spaces import close_idle_sessions, django_connection, space_for
+from concurrency_safe.ticks import Tick, create_tables
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,6 +119,19 @@ class _Run(click.Command):
     help="Keep the lock so long at least, for hosts whose clocks are late.",
 )
 @click.option(
+    "--once-per",
+    metavar="PERIOD",
+    help="Once in each minute, hour, day, or <n>s of UTC, by the database's clock. A further run does nothing, exit 0.",
+)
+@click.option(
+    "--tick",
+    metavar="TIME",
+    help="The scheduled time, for schedulers that know it: once for each. ISO 8601 with offset, or seconds since 1970.",
+)
+@click.option(
+    "--retry-failed-tick", is_flag=True, help="Run again a tick whose run failed, or whose process died meanwhile."
+)
+@click.option(
     "--grace",
     metavar="SECONDS",
     type=click.FloatRange(min=0),
@@ -118,7 +139,7 @@ class _Run(click.Command):
     help="When the lock is lost: from SIGTERM to SIGKILL for the command. Default: 5.",
 )
 @click.pass_context
-def run(  # noqa: PLR0913 - one parameter an option
+def run(  # noqa: PLR0913, PLR0917 - one parameter an option
     ctx: click.Context,
     /,
     key: str,
@@ -126,7 +147,10 @@ def run(  # noqa: PLR0913 - one parameter an option
     busy: int,
     min_hold: float,
     grace: float,
+    once_per: str | None,
+    tick: str | None,
     *,
+    retry_failed_tick: bool,
     quiet: bool,
     **how: Any,  # noqa: ANN401 - the options of lock(), passed on
 ) -> None:
@@ -140,8 +164,14 @@ def run(  # noqa: PLR0913 - one parameter an option
     command: list[str] = ctx.obj or []
     if not command:
         raise click.UsageError("give the command behind --:  concurrency-safe run KEY -- command args...")
+    try:
+        rule = tick_rule(once_per, tick, retry_failed=retry_failed_tick)
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from error
+    if rule is not None and (how["shared"] or how["slots"] > 1):
+        raise click.UsageError("--once-per and --tick are for one run at a time; leave --shared and --slots out")
     with _the_store("not run"):
-        job = _Job(command, min_hold, grace)
+        job = _Job(command, min_hold, grace, rule)
         try:
             status = _run_locked(job, key, timeout=None if math.isinf(wait) else wait, **how)
         except LockAcquireTimeout as conflict:
@@ -191,12 +221,27 @@ def _leave(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
+@main.command()
+def init() -> None:
+    """Create the table that --once-per and --tick need, and the sequence behind fencing tokens.
+
+    Twice is the same as once. In a Django project `manage.py migrate concurrency_safe` does the same.
+    """
+    with _the_store("nothing was created"):
+        create_tables()
+
+
 class _Job(NamedTuple):
-    """What is run. `min_hold`: seconds that the lock is kept at least; `grace`: from SIGTERM to SIGKILL at its loss."""
+    """What is run.
+
+    `min_hold`: seconds that the lock is kept at least; `grace`: from SIGTERM to SIGKILL at its loss; `rule`: once per
+    tick, None: always.
+    """
 
     command: list[str]
     min_hold: float
     grace: float
+    rule: TickRule | None
 
 
 def _run_locked(job: _Job, key: str, **how: Any) -> int:  # noqa: ANN401 - the options of lock()
@@ -207,27 +252,43 @@ def _run_locked(job: _Job, key: str, **how: Any) -> int:  # noqa: ANN401 - the o
     """
     with _Signals() as signals, _Wakeup() as wakeup, lock(Rendered(key), **how) as held:
         held.on_lost(lambda _: wakeup.ring())
-        signals.collected = []
-        until = time.monotonic() + job.min_hold
-        on_terminal = os.isatty(0)
-        try:
-            child = _Child(job.command, held, own_group=not on_terminal)
-        except OSError as error:
-            click.echo(f"concurrency-safe: {job.command[0]}: {error.strerror}", err=True)
-            return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-        try:
-            while child.is_running() and not held.is_lost:
-                for number in signals.taken():
-                    if not (on_terminal and number in BY_TERMINAL):
-                        child.send(number)
-                wakeup.wait(LOOK)
-        finally:
-            if child.is_running():  # without the lock, or after an error of ours
-                child.stop(job.grace, wakeup)
-        while (left := until - time.monotonic()) > 0 and not held.is_lost and ENDING.isdisjoint(signals.taken()):
-            wakeup.wait(min(left, LOOK))
-        held.check()
-        return child.status if child.status >= 0 else BY_SIGNAL - child.status
+        if job.rule is None:
+            return _supervise(job, held, signals, wakeup)
+        tick = Tick(job.rule, held)
+        if not tick.claim():
+            return 0
+        status = _supervise(job, held, signals, wakeup)
+        if status == 0:
+            tick.succeed()
+        return status
+
+
+def _supervise(job: _Job, held: HeldLock, signals: _Signals, wakeup: _Wakeup) -> int:
+    """Run the command; give its exit status.
+
+    Raises: LockLost: it was stopped.
+    """
+    signals.collected = []
+    until = time.monotonic() + job.min_hold
+    on_terminal = os.isatty(0)
+    try:
+        child = _Child(job.command, held, own_group=not on_terminal)
+    except OSError as error:
+        click.echo(f"concurrency-safe: {job.command[0]}: {error.strerror}", err=True)
+        return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+    try:
+        while child.is_running() and not held.is_lost:
+            for number in signals.taken():
+                if not (on_terminal and number in BY_TERMINAL):
+                    child.send(number)
+            wakeup.wait(LOOK)
+    finally:
+        if child.is_running():  # without the lock, or after an error of ours
+            child.stop(job.grace, wakeup)
+    while (left := until - time.monotonic()) > 0 and not held.is_lost and ENDING.isdisjoint(signals.taken()):
+        wakeup.wait(min(left, LOOK))
+    held.check()
+    return child.status if child.status >= 0 else BY_SIGNAL - child.status
 
 
 class _Signals:

@@ -18,8 +18,12 @@ from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout,
 from concurrency_safe.core.options import is_number
 from concurrency_safe.core.policies import Skip
 from concurrency_safe.core.templates import KeyTemplate
+from concurrency_safe.core.ticks import TickRule, tick_rule
 from concurrency_safe.guards import DIRECT, Guard, Verbs
 from concurrency_safe.locks import current_lock
+from concurrency_safe.ticks import Tick, last_success
+
+__all__ = ["GuardedCommand", "cron_guard", "last_success"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,10 +42,12 @@ def cron_guard(
     on_conflict: Any = "skip",
     timeout: float | None = 0,
     min_hold: float | None = None,
+    once_per: str | None = None,
+    retry_failed_tick: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a job that is started on every host run on one.
 
-        @cron_guard("nightly-report", min_hold=30)
+        @cron_guard("nightly-report", once_per="day")
         def nightly_report(): ...
 
     `key` and `on_conflict`: see `Guard`; a skipped call returns None. `timeout`: seconds to wait for the host that
@@ -49,17 +55,64 @@ def cron_guard(
     if need be, so that a host whose clock is late finds it taken: more than the hosts' clocks differ, less than the
     time between two runs. None and 0: no longer than the body runs. A process that is killed keeps nothing.
 
+    `once_per`: "minute", "hour", "day" or a number of seconds, "90s": the job runs once in each such period of UTC, by
+    the database's clock; a further call returns None, whatever `on_conflict` says. Hosts' clocks may be wrong by 30
+    seconds, or by half of a period that is no number of minutes. It needs a table (`manage.py migrate`, or
+    `concurrency-safe init`). None: no such rule. `retry_failed_tick`: True: a further call runs when the one before
+    raised, or its process died; False: at most one run, whatever became of it.
+
     Raises: ConfigurationError, KeyTemplateError: at decoration. By the call: what `Guard.run` raises.
     """
     if min_hold is not None and not is_number(min_hold, at_least=0):
         raise ConfigurationError(f"cron_guard({key!r}): min_hold={min_hold!r} is not a number of seconds >= 0, or None")
     guard = Guard(key, on_conflict=on_conflict, timeout=timeout)
+    rule = tick_rule(once_per, retry_failed=retry_failed_tick)
 
     def decorate(fn: Callable[P, R]) -> Callable[P, R]:
         guarded = guard(fn)  # refuses what can't be guarded
-        return guard(_slow_to_leave(fn, min_hold)) if min_hold else guarded
+        if min_hold is None and rule is None:
+            return guarded
+        body = _slow_to_leave(fn, min_hold) if min_hold else fn
+        return guard(_once_per_tick(body, rule) if rule else body)
 
     return decorate
+
+
+def _once_per_tick(fn: Callable[P, R], rule: TickRule) -> Callable[P, R]:
+    """Let a call of `fn` return None when the tick of now was run already."""
+    if inspect.iscoroutinefunction(fn):
+
+        @wraps(fn)
+        async def once_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
+            tick = _tick(rule)
+            if tick is None:
+                return await fn(*args, **kwargs)
+            if not await tick.aclaim():
+                return None
+            result = await fn(*args, **kwargs)
+            await tick.asucceed()
+            return result
+
+        return cast("Callable[P, R]", once_coroutine)  # R is an awaitable here
+
+    @wraps(fn)
+    def once(*args: P.args, **kwargs: P.kwargs) -> Any:
+        tick = _tick(rule)
+        if tick is None:
+            return fn(*args, **kwargs)
+        if not tick.claim():
+            return None
+        result = fn(*args, **kwargs)
+        tick.succeed()
+        return result
+
+    return once
+
+
+def _tick(rule: TickRule) -> Tick | None:
+    """Give the tick of this run; None where locks are switched off."""
+    held = current_lock()
+    return None if held is None or not get_settings().enabled else Tick(rule, held)
 
 
 def _slow_to_leave(fn: Callable[P, R], seconds: float) -> Callable[P, R]:

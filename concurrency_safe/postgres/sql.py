@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from concurrency_safe.core.ticks import TickRule
+
 
 class Statement(NamedTuple):
     """A prepared statement: its name on the session, and its text."""
@@ -21,6 +23,17 @@ class Statement(NamedTuple):
 FENCE = "concurrency_safe_fence"
 CREATE_FENCE = f"CREATE SEQUENCE IF NOT EXISTS {FENCE} AS bigint CACHE 1"
 DROP_FENCE = f"DROP SEQUENCE IF EXISTS {FENCE}"
+
+#: The table of ticks: a row for each scheduled run that was begun. `key` is the number of the job's lock, `tick` the
+#: scheduled time; `succeeded` is null while it runs, and for ever when it failed or its process died.
+TICK = "concurrency_safe_tick"
+CREATE_TICK = f"""CREATE TABLE IF NOT EXISTS {TICK} (
+  key bigint NOT NULL, tick timestamptz NOT NULL, name text NOT NULL, host text NOT NULL, pid integer NOT NULL,
+  started timestamptz NOT NULL, succeeded timestamptz, PRIMARY KEY (key, tick))"""
+DROP_TICK = f"DROP TABLE IF EXISTS {TICK}"
+
+#: How long a tick is remembered past its time, and past its run.
+TICK_KEPT = "30 days"
 
 #: What is tried: one key; all keys or none; a free slot, if nobody queues; a free slot, at the head of the queue.
 Kind = Literal["one", "all", "slot", "head"]
@@ -155,6 +168,51 @@ def session_setup(server_version: int, pid: int | None, *, check_interval: bool 
         if server_version >= since and (check_interval or name != "client_connection_check_interval")
     ]
     return ", ".join(["SELECT pg_backend_pid()", "pg_is_in_recovery()", "version()", *settings]).encode()
+
+
+# Ticks, in statements of the simple protocol. `name` and `host` are quoted already.
+def claim_tick(rule: TickRule, number: int, waited: float, name: str, host: str, pid: int) -> str:
+    """Give the statement that writes down the tick of now, unless it is there; its one row: the tick, in seconds.
+
+    Two runs are of one tick when they were scheduled in the same period of UTC. A day of local time can fall into the
+    same day of UTC as the one before, where the clocks go forward: so of two runs that are nearly a period apart the
+    later one is a tick of its own.
+    """
+    due = f"floor((extract(epoch FROM clock_timestamp()) - {waited:.6f}) / {rule.grain} + 0.5) * {rule.grain}"
+    if rule.tick is not None:
+        due = f"{rule.tick!r}"
+    same = "t.tick = due.tick"
+    if rule.period is not None:
+        period = f"interval '{rule.period} seconds'"
+        same = (
+            f"t.tick > due.tick - {period} AND t.tick < due.tick + {period} "
+            f"AND abs(extract(epoch FROM t.tick - due.tick)) < {rule.period} * 11 / 12.0 "
+            f"AND floor(extract(epoch FROM t.tick) / {rule.period}) "
+            f"= floor(extract(epoch FROM due.tick) / {rule.period})"
+        )
+    again = f"succeeded IS NULL AND {'true' if rule.retry_failed else 'false'}"
+    return f"""WITH due AS MATERIALIZED (SELECT to_timestamp({due}) AS tick),
+same AS MATERIALIZED (SELECT t.tick FROM {TICK} t, due WHERE t.key = {number} AND {same} ORDER BY t.tick DESC LIMIT 1),
+again AS (UPDATE {TICK} t SET started = clock_timestamp(), host = {host}, pid = {pid}
+  FROM same WHERE t.key = {number} AND t.tick = same.tick AND {again} RETURNING t.tick),
+fresh AS (INSERT INTO {TICK} (key, tick, name, host, pid, started)
+  SELECT {number}, due.tick, {name}, {host}, {pid}, clock_timestamp() FROM due
+  WHERE NOT EXISTS (SELECT FROM same) RETURNING tick)
+SELECT extract(epoch FROM tick) FROM (TABLE again UNION ALL TABLE fresh) claimed"""  # noqa: S608 - quoted, or numbers
+
+
+def succeed_tick(number: int, tick: float) -> str:
+    """Give the statement that writes down a success, and forgets what is old of that job."""
+    old = f"clock_timestamp() - interval '{TICK_KEPT}'"
+    return f"""WITH done AS (UPDATE {TICK} SET succeeded = clock_timestamp()
+  WHERE key = {number} AND tick = to_timestamp({tick!r}))
+DELETE FROM {TICK} WHERE key = {number} AND tick < {old} AND started < {old}
+  AND tick <> to_timestamp({tick!r})"""  # noqa: S608 - numbers only
+
+
+def last_success(number: int) -> str:
+    """Give the statement whose one value is when a job succeeded last, in seconds, or null."""
+    return f"SELECT extract(epoch FROM max(succeeded)) FROM {TICK} WHERE key = {number}"  # noqa: S608 - a number
 
 
 # Transaction scope, on Django's connection (its driver's placeholders).

@@ -1,0 +1,125 @@
+"""Once per tick: a scheduled job runs once for each scheduled time, on however many hosts it is started.
+
+A lock keeps runs from overlapping. A short job is over when a host whose clock is late starts it: only a row that says
+"this tick was run" keeps that one out. It is claimed inside the lock, and marked when the run has succeeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import TypeVar, cast
+
+from concurrency_safe import instrumentation
+from concurrency_safe.conf import get_settings
+from concurrency_safe.core.errors import LockUnavailable
+from concurrency_safe.core.keys import LockKey, lock_key
+from concurrency_safe.core.steps import Steps
+from concurrency_safe.core.ticks import TickRule
+from concurrency_safe.locks import HeldLock
+from concurrency_safe.ownership import Footing
+from concurrency_safe.postgres import ticks
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.loop import adrive, finish
+from concurrency_safe.postgres.waiting import drive
+from concurrency_safe.spaces import django_connection, space_for
+
+T = TypeVar("T")
+
+_Statement = Callable[[PostgresBackend, Footing], Steps[T]]
+
+
+def last_success(name: str | tuple[object, ...]) -> datetime | None:
+    """Tell when the job with the lock key `name` last ended with success; None: never, or it has no ticks.
+
+    For monitoring: "no success for 25 hours". An aware datetime in UTC, by the database's clock; what is older than 30
+    days is forgotten at the next success.
+
+    Raises: ConfigurationError: there is no table. LockUnavailable. KeyTemplateError.
+    """
+    key = lock_key(name, get_settings().namespace)
+    when = _do(lambda backend, footing: ticks.last_success(backend, footing, key))
+    return None if when is None else datetime.fromtimestamp(when, timezone.utc)
+
+
+def create_tables() -> None:
+    """Create what the library keeps in the database, as Django's migrations do. Twice is the same as once.
+
+    Raises: LockUnavailable, ConfigurationError.
+    """
+    _do(ticks.create_tables)
+
+
+class Tick:
+    """One run of a job that holds its lock: is it due, and did it succeed?"""
+
+    def __init__(self, rule: TickRule, held: HeldLock) -> None:
+        """Take the lock that the run holds."""
+        self._rule = rule
+        self._held = held
+        self._key: LockKey = held._keys[0]
+        self._claimed: float | None = None
+
+    def claim(self) -> bool:
+        """Write down that the tick of now is run; False: it was run already, so don't.
+
+        Raises: LockUnavailable, ConfigurationError: it must not be run.
+        """
+        self._claimed = _do(self._claim_steps)
+        return self._claimed is not None
+
+    async def aclaim(self) -> bool:
+        """See `claim`; the event loop goes on."""
+        self._claimed = await _ado(self._claim_steps)
+        return self._claimed is not None
+
+    def succeed(self) -> None:
+        """Write down that the run has succeeded. Where that fails it is logged: the run is over."""
+        try:
+            _do(self._succeed_steps)
+        except LockUnavailable as error:
+            self._warn(error)
+
+    async def asucceed(self) -> None:
+        """See `succeed`; the event loop goes on."""
+        try:
+            await _ado(self._succeed_steps)
+        except LockUnavailable as error:
+            self._warn(error)
+
+    def _claim_steps(self, backend: PostgresBackend, footing: Footing) -> Steps[float | None]:
+        return ticks.claim(backend, footing, self._key, self._rule, self._held.waited)
+
+    def _succeed_steps(self, backend: PostgresBackend, footing: Footing) -> Steps[None]:
+        return ticks.succeed(backend, footing, self._key, self._claimed or 0.0)
+
+    def _warn(self, error: LockUnavailable) -> None:
+        instrumentation.logger.warning("a tick of %r succeeded, which was not recorded: %s", self._key.text, error)
+
+
+def _do(statement: _Statement[T]) -> T:
+    backend = drive(_backend())
+    footing = Footing(None)
+    try:
+        return drive(statement(backend, footing))
+    except BaseException:
+        drive(backend.undo(footing, ()))
+        raise
+
+
+async def _ado(statement: _Statement[T]) -> T:
+    backend = await adrive(_backend())
+    footing = Footing(None, asyncio.get_running_loop())
+    try:
+        return await adrive(statement(backend, footing))
+    except BaseException:
+        await finish(backend.undo(footing, ()))
+        raise
+
+
+def _backend() -> Steps[PostgresBackend]:
+    settings = get_settings()
+    space = yield from space_for(django_connection(None, settings), settings)
+    # By a setting's DSN or a Django alias it is PostgreSQL's.
+    return cast("PostgresBackend", space.backend)
