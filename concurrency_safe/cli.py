@@ -222,6 +222,26 @@ def _leave(status: int, message: str) -> NoReturn:
 
 
 @main.command()
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+@click.option("--json", "json_", is_flag=True, help="Print a list of objects; with --watch one list a line.")
+def locks(keys: tuple[str, ...], *, watch: bool, json_: bool) -> None:
+    """Show who holds a lock and who waits for one, in the order of the queues.
+
+    The holders' processes tell the texts of their keys. One that can't shows a number, unless its KEY is named.
+    """
+    from concurrency_safe import tables  # noqa: PLC0415 - `run` is quick without rich
+
+    with _the_store("can't tell"):
+        if watch:
+            tables.watch(keys, as_lines=json_)
+        elif json_:
+            click.echo(tables.as_json(tables.census(keys)))
+        else:
+            tables.show(keys)
+
+
+@main.command()
 def init() -> None:
     """Create the table that --once-per and --tick need, and the sequence behind fencing tokens.
 

@@ -39,7 +39,7 @@ SLOTS_KNOWN = 1000
 class Claim:
     """One owner's hold on one key, or its place in the queue for it."""
 
-    __slots__ = ("held", "key", "number", "owner", "session", "shared", "slots", "stands", "token", "work")
+    __slots__ = ("held", "key", "number", "owner", "session", "shared", "since", "slots", "stands", "token", "work")
 
     def __init__(self, key: LockKey, request: Request, owner: Owner, footing: Footing) -> None:
         """Claim `key` for `owner`; nothing is owned yet."""
@@ -58,6 +58,8 @@ class Claim:
         self.number = key.number
         #: The fencing token that came with the grant.
         self.token: int | None = None
+        #: The monotonic time of the grant; before it, of the claim.
+        self.since = time.monotonic()
 
     def lose(self) -> None:
         """Tell every lock that stands on it that the session was cut."""
@@ -227,6 +229,7 @@ class Ownership:
         """Write down that the store has granted what `footing` asked for; readers and slots let the next one ask."""
         for claim in footing.fresh:
             claim.held = True
+            claim.since = time.monotonic()
             with self._mutex:
                 self._held.add(claim)
                 if claim.shared or claim.slots > 1:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from concurrency_safe.conf import Settings, django_is_configured
+from concurrency_safe.conf import Settings, django_is_configured, get_settings
 from concurrency_safe.core.errors import ConfigurationError
 from concurrency_safe.core.sessions import Backend, StoreOptions
 from concurrency_safe.core.steps import Steps
-from concurrency_safe.ownership import Ownership
+from concurrency_safe.ownership import Footing, Ownership
 from concurrency_safe.postgres import alias as aliases
 from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.loop import adrive, finish
+from concurrency_safe.postgres.waiting import drive
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +131,38 @@ def _space_named(dsn: str, settings: Settings) -> LockSpace:
             name, LockSpace(PostgresBackend(dsn, store_options(settings)), Ownership(settings.max_held))
         )
     return space
+
+
+def ask(statement: Callable[[PostgresBackend, Footing], Steps[_T]]) -> _T:
+    """Ask the lock store by the settings something that takes no lock.
+
+    Raises: what `statement` raises; LockUnavailable, ConfigurationError: there is no store.
+    """
+    backend = drive(_backend())
+    footing = Footing(None)
+    try:
+        return drive(statement(backend, footing))
+    except BaseException:
+        drive(backend.undo(footing, ()))
+        raise
+
+
+async def aask(statement: Callable[[PostgresBackend, Footing], Steps[_T]]) -> _T:
+    """See `ask`; the event loop goes on."""
+    backend = await adrive(_backend())
+    footing = Footing(None, asyncio.get_running_loop())
+    try:
+        return await adrive(statement(backend, footing))
+    except BaseException:
+        await finish(backend.undo(footing, ()))
+        raise
+
+
+def _backend() -> Steps[PostgresBackend]:
+    settings = get_settings()
+    space = yield from space_for(django_connection(None, settings), settings)
+    # By a setting's DSN or a Django alias it is PostgreSQL's.
+    return cast("PostgresBackend", space.backend)
 
 
 def close_idle_sessions() -> None:

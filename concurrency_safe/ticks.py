@@ -6,10 +6,7 @@ A lock keeps runs from overlapping. A short job is over when a host whose clock 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import TypeVar, cast
 
 from concurrency_safe import instrumentation
 from concurrency_safe.conf import get_settings
@@ -21,13 +18,7 @@ from concurrency_safe.locks import HeldLock
 from concurrency_safe.ownership import Footing
 from concurrency_safe.postgres import ticks
 from concurrency_safe.postgres.backend import PostgresBackend
-from concurrency_safe.postgres.loop import adrive, finish
-from concurrency_safe.postgres.waiting import drive
-from concurrency_safe.spaces import django_connection, space_for
-
-T = TypeVar("T")
-
-_Statement = Callable[[PostgresBackend, Footing], Steps[T]]
+from concurrency_safe.spaces import aask, ask
 
 
 def last_success(name: str | tuple[object, ...]) -> datetime | None:
@@ -39,7 +30,7 @@ def last_success(name: str | tuple[object, ...]) -> datetime | None:
     Raises: ConfigurationError: there is no table. LockUnavailable. KeyTemplateError.
     """
     key = lock_key(name, get_settings().namespace)
-    when = _do(lambda backend, footing: ticks.last_success(backend, footing, key))
+    when = ask(lambda backend, footing: ticks.last_success(backend, footing, key))
     return None if when is None else datetime.fromtimestamp(when, timezone.utc)
 
 
@@ -48,7 +39,7 @@ def create_tables() -> None:
 
     Raises: LockUnavailable, ConfigurationError.
     """
-    _do(ticks.create_tables)
+    ask(ticks.create_tables)
 
 
 class Tick:
@@ -66,25 +57,25 @@ class Tick:
 
         Raises: LockUnavailable, ConfigurationError: it must not be run.
         """
-        self._claimed = _do(self._claim_steps)
+        self._claimed = ask(self._claim_steps)
         return self._claimed is not None
 
     async def aclaim(self) -> bool:
         """See `claim`; the event loop goes on."""
-        self._claimed = await _ado(self._claim_steps)
+        self._claimed = await aask(self._claim_steps)
         return self._claimed is not None
 
     def succeed(self) -> None:
         """Write down that the run has succeeded. Where that fails it is logged: the run is over."""
         try:
-            _do(self._succeed_steps)
+            ask(self._succeed_steps)
         except LockUnavailable as error:
             self._warn(error)
 
     async def asucceed(self) -> None:
         """See `succeed`; the event loop goes on."""
         try:
-            await _ado(self._succeed_steps)
+            await aask(self._succeed_steps)
         except LockUnavailable as error:
             self._warn(error)
 
@@ -96,30 +87,3 @@ class Tick:
 
     def _warn(self, error: LockUnavailable) -> None:
         instrumentation.logger.warning("a tick of %r succeeded, which was not recorded: %s", self._key.text, error)
-
-
-def _do(statement: _Statement[T]) -> T:
-    backend = drive(_backend())
-    footing = Footing(None)
-    try:
-        return drive(statement(backend, footing))
-    except BaseException:
-        drive(backend.undo(footing, ()))
-        raise
-
-
-async def _ado(statement: _Statement[T]) -> T:
-    backend = await adrive(_backend())
-    footing = Footing(None, asyncio.get_running_loop())
-    try:
-        return await adrive(statement(backend, footing))
-    except BaseException:
-        await finish(backend.undo(footing, ()))
-        raise
-
-
-def _backend() -> Steps[PostgresBackend]:
-    settings = get_settings()
-    space = yield from space_for(django_connection(None, settings), settings)
-    # By a setting's DSN or a Django alias it is PostgreSQL's.
-    return cast("PostgresBackend", space.backend)

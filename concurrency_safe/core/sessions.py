@@ -56,6 +56,8 @@ class Hold(Protocol):
     #: The number that is locked for it in the store: the key's own, or that of its slot.
     number: int
     session: Any
+    #: The monotonic time of the grant; before it, of the claim.
+    since: float
 
     def lose(self) -> None:
         """Hear that the session was cut."""

@@ -21,6 +21,7 @@ from concurrency_safe.core.sessions import Borrower, Hold, Request
 from concurrency_safe.core.steps import READ, Steps
 
 from . import protocol, sql
+from .census import answers, is_channel
 from .waiting import wait_socket
 
 #: Seconds for opening a connection, where the DSN says nothing (libpq's connect_timeout).
@@ -198,6 +199,26 @@ class LockSession:
         """
         yield from protocol.query(self.pgconn, b"SELECT 1", time.monotonic() + HEARTBEAT_TIMEOUT)
 
+    def asked(self) -> list[bytes]:
+        """Give the channels of those who asked, since the last call, what is held here."""
+        channels = []
+        while (notify := self.pgconn.notifies()) is not None:
+            if is_channel(notify.extra):  # anybody may send anything
+                channels.append(notify.extra)
+        return channels
+
+    def tell(self, channel: bytes) -> Steps[None]:
+        """Answer there what is held here; a server that refuses the answer costs nobody a lock.
+
+        Raises: ServerGoneError.
+        """
+        until = time.monotonic() + HEARTBEAT_TIMEOUT
+        escaping = pq.Escaping(self.pgconn)
+        with contextlib.suppress(protocol.ServerRefusedError):
+            for answer in answers(self.held):
+                literal = bytes(escaping.escape_literal(answer))
+                yield from protocol.query(self.pgconn, b"SELECT pg_notify('%s', %s)" % (channel, literal), until)
+
     def holders(self, statement: sql.Statement, numbers: Sequence[int]) -> Steps[PGresult]:
         """Ask who holds `numbers`, or waits for them: rows of backend pid, application_name, client address."""
         param = b"{%s}" % b",".join(b"%d" % number for number in numbers)
@@ -275,6 +296,7 @@ def open_session(info: str) -> Steps[LockSession]:
         if pid != pgconn.backend_pid:
             yield from _refuse_transaction_pooling(info, pgconn, pid)
             yield from _set_up(pgconn, None)
+        yield from protocol.query(pgconn, sql.LISTEN)
     except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
         pgconn.finish()
         raise LockUnavailable(f"the lock store refused a new session: {str(error).strip()}") from error

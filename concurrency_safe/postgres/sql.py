@@ -135,6 +135,33 @@ HOLDERS_IN_TRANSACTION = _HOLDERS.replace("NUMBERS", "%(numbers)s").replace("GRA
 WAITERS = Statement(b"cs_waiters", HOLDERS.text.replace(b"l.granted", b"NOT l.granted"))
 WAITERS_IN_TRANSACTION = HOLDERS_IN_TRANSACTION.replace("l.granted", "NOT l.granted")
 
+#: Where `locks` asks what sessions hold, and where each lock session listens: the payload names the asker's channel.
+QUESTION = "concurrency_safe"
+LISTEN = f"LISTEN {QUESTION}".encode()
+
+#: Every advisory lock of this database in the bigint space: number, granted, mode, backend pid, application_name,
+#: client address, since when it is waited for, or the session's last statement (of a holder: when it was acquired, or
+#: later). `waitstart` came with PostgreSQL 14.
+CENSUS = """SELECT (l.classid::int8 << 32) | l.objid::int8, l.granted, l.mode = 'ShareLock', l.pid,
+  coalesce(a.application_name, ''), coalesce(host(a.client_addr), ''),
+  extract(epoch FROM coalesce(WAITSTART, CASE WHEN l.granted THEN a.state_change ELSE a.query_start END))
+  FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+ WHERE l.locktype = 'advisory' AND l.objsubid = 1
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ ORDER BY NOT l.granted, 7, l.pid"""
+
+
+def census(server_version: int) -> bytes:
+    """Give the statement that lists all locks, those that are waited for in the order of the queues."""
+    return CENSUS.replace("WAITSTART", "l.waitstart" if server_version >= 140000 else "NULL").encode()  # noqa: PLR2004
+
+
+#: How full the server's lock table is: entries in use, and how many there is room for.
+FULLNESS = b"""SELECT (SELECT count(*) FROM pg_locks WHERE NOT fastpath),
+  current_setting('max_locks_per_transaction')::int8 *
+  (current_setting('max_connections')::int8 + current_setting('max_prepared_transactions')::int8),
+  extract(epoch FROM clock_timestamp())"""
+
 #: What a fresh session must be told, by the first server version that knows it (0: all that we support).
 #: The timeouts could kill a waiter or a holder; the keepalives and the check interval let the server notice a vanished
 #: host or a killed client that is blocked in a wait (it would stay in the queue, and be granted the lock).

@@ -17,6 +17,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from concurrency_safe.core.steps import Steps
 from concurrency_safe.gates import ThreadGate
 
 from .protocol import ServerGoneError, ServerRefusedError
@@ -100,8 +101,10 @@ class _Watcher:
             if session is None or session.dead:
                 if self.sessions.get(fd) is entry:  # pragma: no branch - the number may be another session's by now
                     del self.sessions[fd]
-            elif session.held and session.used_at < due:
-                self.ask(session, pool)
+            elif session.held:
+                self.answer(session, pool)
+                if session.used_at < due:
+                    self.ask(session, pool)
 
     def inspect(self, fd: int) -> None:
         reference, pool = self.sessions.get(fd, (None, None))
@@ -115,14 +118,28 @@ class _Watcher:
         if lost:
             pool.forget(session)
 
+    def answer(self, session: LockSession, pool: SessionPool) -> None:
+        """Tell those who asked (`concurrency-safe locks`) what `session` holds."""
+        with pool.mutex:
+            if session.user is not None or session.is_dead():  # which reads what came
+                return
+            channels = session.asked()
+        for channel in channels:
+            self.use(session, pool, session.tell(channel))
+
     def ask(self, session: LockSession, pool: SessionPool) -> None:
+        """Ask for a sign of life."""
+        self.use(session, pool, session.beat())
+
+    def use(self, session: LockSession, pool: SessionPool, steps: Steps[None]) -> None:
+        """Run `steps` on `session`, unless somebody uses it."""
         with pool.mutex:
             if session.user is not None or session.dead:
                 return
             self.session = session
             session.user = self
         try:
-            drive(session.beat())
+            drive(steps)
             drive(pool.free(self))
         except (ServerGoneError, ServerRefusedError):
             session.dead = True

@@ -221,6 +221,7 @@ def test_the_watcher_asks_a_quiet_holder_and_nobody_who_is_busy(backend: Postgre
     user = Footing(None)
     drive(backend.pool.take(user, session))
     watcher.ask(session, backend.pool)
+    watcher.answer(session, backend.pool)
     assert session.user is user
     drive(backend.pool.free(user))
     held.release()
