@@ -34,9 +34,10 @@ from concurrency_safe.core.ticks import TickRule, tick_rule
 from concurrency_safe.locks import HeldLock, lock
 from concurrency_safe.ownership import Footing
 from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.doctor import examine
 from concurrency_safe.postgres.look import look
 from concurrency_safe.postgres.waiting import drive
-from concurrency_safe.spaces import close_idle_sessions, django_connection, space_for
+from concurrency_safe.spaces import ask, close_idle_sessions, django_connection, space_for
 from concurrency_safe.ticks import Tick, create_tables
 
 if TYPE_CHECKING:
@@ -239,6 +240,20 @@ def locks(keys: tuple[str, ...], *, watch: bool, json_: bool) -> None:
             click.echo(tables.as_json(tables.census(keys)))
         else:
             tables.show(keys)
+
+
+@main.command()
+def doctor() -> None:
+    """Look at the lock store, and say what to do: exit 0, 1 when something keeps locks from working, 69 without one."""
+    with _the_store("the lock store can't be used"):
+        fencing = get_settings().fencing
+        findings = ask(lambda backend, footing: examine(backend, footing, fencing=fencing))
+    for finding in findings:
+        mark = "problem" if finding.grave else "advice" if finding.remedy else "ok"
+        click.echo(f"{mark:8}{finding.fact}")
+        if finding.remedy:
+            click.echo(f"        -> {finding.remedy}")
+    sys.exit(int(any(finding.grave for finding in findings)))
 
 
 @main.command()

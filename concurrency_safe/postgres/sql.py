@@ -162,6 +162,17 @@ FULLNESS = b"""SELECT (SELECT count(*) FROM pg_locks WHERE NOT fastpath),
   (current_setting('max_connections')::int8 + current_setting('max_prepared_transactions')::int8),
   extract(epoch FROM clock_timestamp())"""
 
+#: What `doctor` asks: version, user, who may read whose sessions, our tables, the lock table, connections.
+EXAMINE = f"""SELECT current_setting('server_version'), current_user,
+  pg_has_role(current_user, 'pg_read_all_stats', 'USAGE')
+    OR NOT EXISTS (SELECT FROM pg_stat_activity WHERE usename <> current_user AND usename IS NOT NULL),
+  to_regclass('{TICK}') IS NOT NULL, to_regclass('{FENCE}') IS NOT NULL,
+  (SELECT count(*) FROM pg_locks WHERE NOT fastpath), current_setting('max_locks_per_transaction')::int8 *
+  (current_setting('max_connections')::int8 + current_setting('max_prepared_transactions')::int8),
+  (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+  current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8,
+  current_database()""".encode()  # noqa: S608 - no input of anybody's
+
 #: What a fresh session must be told, by the first server version that knows it (0: all that we support).
 #: The timeouts could kill a waiter or a holder; the keepalives and the check interval let the server notice a vanished
 #: host or a killed client that is blocked in a wait (it would stay in the queue, and be granted the lock).
@@ -178,6 +189,22 @@ SESSION_SETTINGS: tuple[tuple[int, str, str], ...] = (
     (0, "tcp_keepalives_count", "3"),
     (140000, "client_connection_check_interval", "2000"),
 )
+
+
+def session_settings(server_version: int) -> bytes:
+    """Give the statement that lists which of `SESSION_SETTINGS` a session has not: name, value.
+
+    Not those that the server's platform or the kind of socket may lack: what concerns the network.
+    """
+    wanted = ", ".join(
+        f"('{name}', '{value}')"
+        for since, name, value in SESSION_SETTINGS
+        if server_version >= since and not name.startswith(("tcp_", "client_"))
+    )
+    return (
+        f"SELECT s.name, s.setting FROM pg_settings s JOIN (VALUES {wanted}) w(name, value) USING (name) "  # noqa: S608 - constants
+        "WHERE s.setting <> w.value ORDER BY s.name"
+    ).encode()
 
 
 def session_setup(server_version: int, pid: int | None, *, check_interval: bool = True) -> bytes:
