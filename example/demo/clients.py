@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +33,17 @@ WAITED = 0.010
 PATIENCE = 10.0
 #: Seconds until the crowd of tasks, or of actors, gives up as a whole.
 LIMIT = 30.0
+#: Hosts whose cron starts the same job.
+HOSTS = 2
+#: Other doors' requests for one scheduled time: each takes two new processes and a third.
+REQUESTS_A_TICK = 16
+#: What their job is: `curl -X POST`, for machines that have no curl.
+_CURL = """
+import http.client, sys
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+connection.request("POST", sys.argv[2])
+print(connection.getresponse().read().decode())
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +160,48 @@ def _sales(output: str, times: int) -> list[Answer]:
     answers = [Answer.of(json.loads(line)) for line in lines if line.startswith("{")]
     missing = Answer(None, trouble=lines[-1] if lines else "the script printed nothing")
     return [*answers, *[missing] * (times - len(answers))]
+
+
+def by_cron(port: int, sku: str, load: Load) -> Told:
+    """Let the cron of `HOSTS` hosts start the same job at some scheduled times, one after the other.
+
+    The job is a POST request. Each scheduled time is one request to the shop, which one host has to make; a host that
+    leaves it to another one is a conflict.
+    """
+    first = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    began = time.monotonic()
+    answers = [
+        _at_tick(port, sku, first + timedelta(minutes=number)) for number in range(load.requests // REQUESTS_A_TICK)
+    ]
+    return Told(answers, time.monotonic() - began)
+
+
+def _at_tick(port: int, sku: str, tick: datetime) -> Answer:
+    guard = ["concurrency_safe.cli", "run", f"--tick={tick.isoformat()}", f"--wait={PATIENCE}", f"cron:{sku}"]
+    job = [sys.executable, "-ISc", _CURL, str(port), f"/buy/guarded/{sku}/"]
+    # The database is known by its URL: a wrapper that loads no Django starts sooner.
+    environment = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    with ExitStack() as stack:
+        hosts = [stack.enter_context(_host([*guard, "--", *job], environment)) for _ in range(HOSTS)]
+        for host in hosts:
+            stack.callback(host.terminate)  # which is passed on to the job
+        outputs = [host.communicate()[0] for host in hosts]
+    sales = [line for output in outputs for line in output.splitlines() if line.startswith("{")]
+    if len(sales) != 1 or any(host.returncode for host in hosts):
+        return Answer(None, trouble=f"{tick}: {len(sales)} hosts ran the job; they said: {''.join(outputs)!r}")
+    return Answer.of(json.loads(sales[0]), conflicts=outputs.count(""))
+
+
+def _host(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def by_tasks(task: Task[[str], bool], sku: str, load: Load) -> Told:

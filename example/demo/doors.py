@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from example.demo.clients import by_actors, by_scripts, by_tasks, over_http
+from example.demo.clients import by_actors, by_cron, by_scripts, by_tasks, over_http
 from example.demo.verdict import Row, overlaps
 from example.stock import actors, tasks
 from example.stock.models import Product
@@ -39,6 +39,7 @@ def doors(port: int) -> list[Door]:
         Door("view, @concurrency_safe", "view-guarded", view("guarded")),
         Door("view, 409 and try again", "view-or-busy", view("or-busy")),
         Door("scripts, with lock(...)", "script", by_scripts),
+        Door("cron, run --tick=...", "cron", partial(by_cron, port)),
         Door("task, unguarded", "task", partial(by_tasks, tasks.buy_unguarded), guarded=False),
         Door("task, ConcurrencySafeTask", "task-guarded", partial(by_tasks, tasks.buy_guarded)),
         Door("actor, unguarded", "actor", partial(by_actors, actors.buy_unguarded), guarded=False),

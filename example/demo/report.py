@@ -21,7 +21,8 @@ sold       requests that were told so; the others came when the shelf was empty
 lost       sold, minus what the stock went down by: sales that another one overwrote
 conflicts  how often a request met the section taken. Row lock, decorator, script: it waited more
            than 10 ms, its first connection included. 409: it was told to come back. Task, actor: it
-           went back to the queue. An unguarded door notices nothing.
+           went back to the queue. Cron: a host left the job to another one. An unguarded door
+           notices nothing.
 overlaps   sales that began before an earlier one had ended, by the log in the database"""
 
 _began = time.monotonic()

@@ -25,6 +25,7 @@ DOORS = {
     "view, @concurrency_safe": True,
     "view, 409 and try again": True,
     "scripts, with lock(...)": True,
+    "cron, run --tick=...": True,
     "task, unguarded": False,
     "task, ConcurrencySafeTask": True,
     "actor, unguarded": False,
