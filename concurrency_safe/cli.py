@@ -224,7 +224,7 @@ def _leave(status: int, message: str) -> NoReturn:
 
 @main.command()
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
-@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
 @click.option("--json", "json_", is_flag=True, help="Print a list of objects; with --watch one list a line.")
 def locks(keys: tuple[str, ...], *, watch: bool, json_: bool) -> None:
     """Show who holds a lock and who waits for one, in the order of the queues.

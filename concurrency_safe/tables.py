@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: Seconds between two looks of `locks --watch`.
-WATCH = 2.0
+WATCH = 1.0
 
 #: Seconds of the units in which a duration is shown.
 MINUTE, HOUR, DAY = 60, 3600, 86400

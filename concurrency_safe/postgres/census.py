@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .backend import PostgresBackend
 
 #: Seconds that holders have for an answer: their watcher looks once a second.
-PATIENCE = 2.0
+PATIENCE = 1.5
 
 #: How many slots of a key that somebody names are known by its name.
 SLOTS = 1000
@@ -122,7 +122,8 @@ def take_census(backend: PostgresBackend, borrower: Borrower, named: Sequence[Lo
     except (ServerGoneError, ServerRefusedError) as error:
         raise LockUnavailable(f"the locks can't be read: {str(error).strip()}") from error
     used, room, now = (float(full.get_value(0, column) or 0) for column in range(3))
-    return Census(tuple(_named(rows, told, named, now)), int(used), int(room), now)
+    locks = sorted(_named(rows, told, named, now), key=lambda row: not row.held)  # stable: the queues stay
+    return Census(tuple(locks), int(used), int(room), now)
 
 
 def _rows(result: PGresult) -> list[LockRow]:
@@ -179,14 +180,20 @@ def _named(rows: list[LockRow], told: _Told, named: Sequence[LockKey], now: floa
     """Give the locks of this library, with what is known of each."""
     texts = {of_key: text for of_key, text, _ in told.values()} | {key.number: key.text for key in named}
     numbers = dict(texts)
-    for key in named:
-        numbers |= dict.fromkeys(slot_numbers(key, SLOTS), key.text)
-    for number, text in texts.items():
-        numbers |= dict.fromkeys(slot_numbers(LockKey(text, number), 0), text)  # the gate, where waiters queue
+    gates: set[int] = set()  # where those who wait for a slot queue: the first of them holds it
+    for key in (*named, *(LockKey(text, number) for number, text in texts.items())):
+        gate, *slots = slot_numbers(key, SLOTS if key in named else 0)
+        gates.add(gate)
+        numbers |= dict.fromkeys((gate, *slots), key.text)
     numbers |= {number: text for (_, number), (_, text, _) in told.items()}
     for row in rows:
         known = numbers.get(row.number)
         if known is None and row.pid is None:
             continue  # somebody else's advisory lock, or nobody knows it
         mine = told.get((row.backend_pid, row.number)) if row.held else None
-        yield replace(row, key=known, since=row.since if mine is None else now - mine[2])
+        yield replace(
+            row,
+            key=known,
+            held=row.held and row.number not in gates,
+            since=row.since if mine is None else now - mine[2],
+        )
