@@ -180,7 +180,7 @@ def test_many_keys_are_told_in_several_pieces(dsn: str) -> None:
 def test_questions_that_are_none_cost_nobody_a_lock(dsn: str, store: LockStore) -> None:
     configure(dsn=dsn)
     with lock("job") as held:
-        for payload in ("", "x" * 7000, "'; SELECT pg_advisory_unlock_all(); --", "concurrency_safe_x"):
+        for payload in ("", "x" * 7000, "x', ''); SELECT pg_advisory_unlock_all(); --", "concurrency_safe_x"):
             store.connection.execute("SELECT pg_notify(%s, %s)", [sql.QUESTION, payload])
         assert seen(dsn)[0]["key"] == "job"
         held.check()
