@@ -337,7 +337,7 @@ def _part(entrance: CodeType) -> object:
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe`, without importing it
     while frame is not None:
         if frame.f_code is entrance:
-            return frame.f_locals["func"]
+            return frame.f_locals.get("func", frame)
         frame = frame.f_back
     return None
 

@@ -247,7 +247,9 @@ def test_where_the_system_has_no_epoll_the_watcher_looks(
     monkeypatch.delattr("select.epoll", raising=False)
     looking = watchers._Watcher()
     held = lock("one", backend=backend).acquire()
-    session = session_of(held)
+    session, watcher = session_of(held), watchers._watcher
+    assert watcher is not None
+    del watcher.sessions[session.pgconn.socket]  # it is nobody else's to see
     looking.add(session, backend.pool)
     looking.look()
     assert not held.is_lost
