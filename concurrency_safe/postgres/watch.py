@@ -121,9 +121,12 @@ class _Watcher:
     def answer(self, session: LockSession, pool: SessionPool) -> None:
         """Tell those who asked (`concurrency-safe locks`) what `session` holds."""
         with pool.mutex:
-            if session.user is not None or session.is_dead():  # which reads what came
+            if session.user is not None:
                 return
-            channels = session.asked()
+            lost = session.is_dead()  # which reads what came
+            channels = [] if lost else session.asked()
+        if lost:  # the end was just read: epoll has nothing left to tell
+            pool.forget(session)
         for channel in channels:
             self.use(session, pool, session.tell(channel))
 
