@@ -57,13 +57,11 @@ class Tick:
 
         Raises: LockUnavailable, ConfigurationError: it must not be run.
         """
-        self._claimed = ask(self._claim_steps)
-        return self._claimed is not None
+        return self._claims(ask(self._claim_steps))
 
     async def aclaim(self) -> bool:
         """See `claim`; the event loop goes on."""
-        self._claimed = await aask(self._claim_steps)
-        return self._claimed is not None
+        return self._claims(await aask(self._claim_steps))
 
     def succeed(self) -> None:
         """Write down that the run has succeeded. Where that fails it is logged: the run is over."""
@@ -78,6 +76,12 @@ class Tick:
             await aask(self._succeed_steps)
         except LockUnavailable as error:
             self._warn(error)
+
+    def _claims(self, tick: float | None) -> bool:
+        self._claimed = tick
+        if tick is None:
+            instrumentation.logger.info("the tick of %r was run already", self._key.text)
+        return tick is not None
 
     def _claim_steps(self, backend: PostgresBackend, footing: Footing) -> Steps[float | None]:
         return ticks.claim(backend, footing, self._key, self._rule, self._held.waited)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, OutputWrapper
 
 from concurrency_safe.conf import get_settings
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockLost, LockUnavailable
@@ -78,8 +78,8 @@ def cron_guard(
     return decorate
 
 
-def _once_per_tick(fn: Callable[P, R], rule: TickRule) -> Callable[P, R]:
-    """Let a call of `fn` return None when the tick of now was run already."""
+def _once_per_tick(fn: Callable[P, R], rule: TickRule, told: Callable[[], object] = lambda: None) -> Callable[P, R]:
+    """Let a call of `fn` return None, and call `told`, when the tick of now was run already."""
     if inspect.iscoroutinefunction(fn):
 
         @wraps(fn)
@@ -88,6 +88,7 @@ def _once_per_tick(fn: Callable[P, R], rule: TickRule) -> Callable[P, R]:
             if tick is None:
                 return await fn(*args, **kwargs)
             if not await tick.aclaim():
+                told()
                 return None
             result = await fn(*args, **kwargs)
             await tick.asucceed()
@@ -101,6 +102,7 @@ def _once_per_tick(fn: Callable[P, R], rule: TickRule) -> Callable[P, R]:
         if tick is None:
             return fn(*args, **kwargs)
         if not tick.claim():
+            told()
             return None
         result = fn(*args, **kwargs)
         tick.succeed()
@@ -175,6 +177,7 @@ class GuardedCommand(BaseCommand):
     `lock_key`: a template whose fields are the command's options, a tuple of such parts, or a method that gets them.
     `lock_timeout`: seconds to wait; 0 tries once; None waits for ever. `on_conflict`: "raise" (exit status 75), "skip"
     (exit status 0; it says so from `--verbosity 2` on), a method that gets the options, or a policy value.
+    `once_per`, `retry_failed_tick`: see `cron_guard`; a run that is left out is skipped in the same way.
 
     Exit status, and `returncode` of the `CommandError` that `call_command` raises: 75 when another one runs, 69 when
     the lock store can't be used (the command did not run), 76 when the lock was lost while it ran.
@@ -183,6 +186,8 @@ class GuardedCommand(BaseCommand):
     lock_key: ClassVar[Any] = None
     lock_timeout: ClassVar[float | None] = 0
     on_conflict: ClassVar[Any] = "raise"
+    once_per: ClassVar[str | None] = None
+    retry_failed_tick: ClassVar[bool] = False
 
     def execute(self, *args: Any, **options: Any) -> str | None:
         """Run the command, its checks included, under its lock.
@@ -196,15 +201,22 @@ class GuardedCommand(BaseCommand):
                 f'lock_key = "{name}:{{shop}}"'
             )
         guard = Guard(self.lock_key, timeout=self.lock_timeout, on_conflict=self.on_conflict)
-        output: str | None = self.run_guarded(guard, super().execute, *args, **options)
+        rule = tick_rule(self.once_per, retry_failed=self.retry_failed_tick)
+        output: str | None = self.run_guarded(guard, rule, super().execute, *args, **options)
         return output
 
-    def run_guarded(self, guard: Guard, body: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def run_guarded(
+        self, guard: Guard, rule: TickRule | None, body: Callable[..., Any], *args: Any, **options: Any
+    ) -> Any:
         """Call `body`, guarded; what keeps it from running becomes a `CommandError` with the exit status for it."""
 
-        def skip(policy: Skip, conflict: LockAcquireTimeout) -> Any:
+        def tell(why: object) -> None:
             if options.get("verbosity", 1) >= VERBOSE:
-                self.stderr.write(f"skipped: {conflict}")
+                given = options.get("stderr")  # of `call_command`
+                (OutputWrapper(given) if given else self.stderr).write(f"skipped: {why}")
+
+        def skip(policy: Skip, conflict: LockAcquireTimeout) -> Any:
+            tell(conflict)
             return policy.result
 
         verbs = Verbs(retry=DIRECT.retry, skip=skip)
@@ -214,7 +226,8 @@ class GuardedCommand(BaseCommand):
                 entered.set()
                 return body(*args, **options)
 
-            return guard.run_as(KeyTemplate(guard.key, body), enter, args, options, verbs)
+            job = _once_per_tick(enter, rule, lambda: tell("it was run in this period already")) if rule else enter
+            return guard.run_as(KeyTemplate(guard.key, body), job, args, options, verbs)
 
 
 @contextmanager

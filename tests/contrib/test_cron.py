@@ -230,6 +230,8 @@ def test_the_exit_status_is_the_commands_own(manage: Run) -> None:
         (manage("nightly", "--error", "44"), 44, "CommandError: of its own"),
         (manage("guarded", "plain", "--no-such-option"), 2, "unrecognized arguments: --no-such-option"),
         (manage("guarded", "plain", "--wait=soon"), 2, "is not a number of seconds"),
+        (manage("guarded", "plain", "--once-per", "dya"), 2, "did you mean 'day'?"),
+        (manage("guarded", "plain", "--retry-failed-tick"), 2, "give once_per as well"),
         (manage("guarded", "--lock-key", "c"), 2, "name the command"),
         (manage("guarded", "nosuchcommand"), 1, "Unknown command: 'nosuchcommand'"),
     ]

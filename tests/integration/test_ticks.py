@@ -8,14 +8,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from io import StringIO
 from zoneinfo import ZoneInfo
 
 import pytest
+from django.core.management import CommandError, call_command
 from django.db import connection
 from psycopg.conninfo import make_conninfo
 
 from concurrency_safe import ConfigurationError, LockUnavailable, configure
-from concurrency_safe.contrib.cron import cron_guard, last_success
+from concurrency_safe.contrib.cron import GuardedCommand, cron_guard, last_success
 from concurrency_safe.postgres.sql import CREATE_TICK
 from concurrency_safe.ticks import create_tables
 from tests.integration.conftest import LockStore, Rival, bare_environment
@@ -192,6 +194,49 @@ def test_a_coroutine_runs_once_per_tick(clock: Clock) -> None:
 
     assert asyncio.run(twice()) == ["ran", None]
     assert last_success("job") == START
+
+
+def test_a_command_runs_once_per_tick(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    class Command(GuardedCommand):
+        lock_key = "report"
+        once_per = "day"
+
+        def handle(self, *_args: object, **_options: object) -> str:
+            return "ran"
+
+    class Stubborn(Command):
+        retry_failed_tick = True
+
+        def handle(self, *_args: object, **_options: object) -> str:
+            raise CommandError("of its own")
+
+    out, err = StringIO(), StringIO()
+    with caplog.at_level("INFO", "concurrency_safe"):
+        for command in (Command(), Command(), Stubborn()):
+            call_command(command, verbosity=2, stdout=out, stderr=err)
+    assert out.getvalue() == "ran\n"
+    assert err.getvalue() == "skipped: it was run in this period already\n" * 2
+    assert caplog.messages == ["the tick of 'report' was run already"] * 2
+
+    clock.set(START + timedelta(days=1))
+    for _ in range(2):
+        with pytest.raises(CommandError, match="of its own"):
+            call_command(Stubborn())
+    call_command(Command(), stdout=out)  # asks for no second run of a tick that failed
+    assert out.getvalue() == "ran\n"
+
+
+def test_any_command_can_be_run_once_per_tick(clock: Clock) -> None:
+    out = StringIO()
+    for _ in range(2):
+        call_command("guarded", "--once-per=day", "check", stdout=out)
+    clock.set(START + timedelta(days=1))
+    call_command("guarded", "--once-per", "day", "--retry-failed-tick", "check", stdout=out)
+    assert out.getvalue() == "System check identified no issues (0 silenced).\n" * 2
+    for wrong in (["--once-per=dya", "check"], ["--retry-failed-tick", "check"]):
+        with pytest.raises(CommandError, match=r"did you mean 'day'|give once_per as well") as caught:
+            call_command("guarded", *wrong)
+        assert caught.value.returncode == 2
 
 
 def test_each_job_has_ticks_of_its_own(clock: Clock) -> None:

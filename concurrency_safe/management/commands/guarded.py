@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from django.core.management import CommandError, ManagementUtility, call_command
 
 from concurrency_safe.contrib.cron import GuardedCommand
+from concurrency_safe.core.errors import ConfigurationError
+from concurrency_safe.core.ticks import tick_rule
 from concurrency_safe.guards import Guard
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-_VALUED = "--lock-key"
+#: Our options that take a value, and those that take none.
+_VALUED, _FLAG = ("--lock-key", "--once-per"), "--retry-failed-tick"
 
 #: The exit status of a command line that is wrong, as argparse has it.
 USAGE = 2
@@ -39,6 +42,12 @@ class Command(GuardedCommand):
             default=0.0,
             help="wait until it is free; with =SECONDS at most so long (default: try once)",
         )
+        parser.add_argument(
+            "--once-per",
+            metavar="PERIOD",
+            help="minute, hour, day or a number of seconds (90s): once in each such period of UTC (needs migrate)",
+        )
+        parser.add_argument(_FLAG, action="store_true", help="run again in a period whose run failed, or died")
         # One list: argparse would let the name take a `--` that stands behind it.
         parser.add_argument(
             "command_line", metavar="COMMAND [ARGS]", nargs=REMAINDER, help="a -- ends our options among the ARGS"
@@ -58,7 +67,11 @@ class Command(GuardedCommand):
         key = options["lock_key"] or options["command_line"][0]
         wait = options["wait"]
         guard = Guard(lambda *_args, **_options: key, timeout=None if math.isinf(wait) else wait)
-        self.run_guarded(guard, self._run, *args, **options)
+        try:
+            rule = tick_rule(options["once_per"], retry_failed=options["retry_failed_tick"])
+        except ConfigurationError as error:
+            raise CommandError(str(error), returncode=USAGE) from None
+        self.run_guarded(guard, rule, self._run, *args, **options)
 
     def _run(self, *_args: Any, command_line: list[str], **options: Any) -> None:
         if getattr(self, "_called_from_command_line", False):  # BaseCommand sets it
@@ -78,9 +91,9 @@ def _ours_first(arguments: list[str]) -> list[str]:
             break
         if word == "--wait":
             ours.append("--wait=inf")
-        elif word == _VALUED:
+        elif word in _VALUED:
             ours += [word, *(value for value in [next(words, None)] if value is not None)]
-        elif word.startswith(("--wait=", f"{_VALUED}=")):
+        elif word == _FLAG or word.startswith(("--wait=", *(f"{option}=" for option in _VALUED))):
             ours.append(word)
         else:
             rest.append(word)
