@@ -146,9 +146,12 @@ class PostgresBackend:
                 for hold in mine:
                     session.debts.add((hold.number, hold.shared))
                     session.held.pop(hold.number, None)
+                session.last = mine[0].number, mine[0].key
                 ours = yield from session.release([hold.number for hold in mine], shared=mine[0].shared)
                 session.debts.difference_update((hold.number, hold.shared) for hold in mine)
                 if ours:
+                    for channel in session.asked():
+                        yield from session.tell(channel)
                     yield from self.pool.free(borrower)
             except (ServerGoneError, ServerRefusedError):
                 ours = False

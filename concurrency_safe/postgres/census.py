@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,10 @@ from .protocol import ServerGoneError, ServerRefusedError
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
-    from concurrency_safe.core.sessions import Borrower, Hold
+    from concurrency_safe.core.sessions import Borrower
 
     from .backend import PostgresBackend
+    from .session import LockSession
 
 #: Seconds that holders have for an answer: their watcher looks once a second.
 PATIENCE = 1.5
@@ -76,15 +77,21 @@ def is_channel(name: bytes) -> bool:
     return re.fullmatch(rb"concurrency_safe_[0-9a-f]{16}", name) is not None
 
 
-def answers(held: Mapping[int, Hold]) -> Iterator[bytes]:
+def answers(session: LockSession) -> Iterator[bytes]:
     """Give the texts of what a session holds, in pieces that fit a notification; the last one is empty.
 
-    Each is a list of (number that is locked, number of the key, the key's text, seconds that it has been held).
+    Each is a list of (number that is locked, number of the key, the key's text, seconds that it has been held; None: it
+    was released meanwhile).
     """
+    now = time.monotonic()
+    texts: list[tuple[int, LockKey, float | None]] = [
+        (number, hold.key, round(now - hold.since, 3)) for number, hold in tuple(session.held.items())
+    ]
+    if session.last is not None and session.last[0] not in session.held:
+        texts.append((*session.last, None))
     piece: list[bytes] = []
-    for number, hold in tuple(held.items()):
-        seconds = time.monotonic() - hold.since
-        text = json.dumps([number, hold.key.number, hold.key.text[:1000], round(seconds, 3)]).encode()
+    for number, key, seconds in texts:
+        text = json.dumps([number, key.number, key.text[:1000], seconds]).encode()
         if sum(map(len, piece)) + len(text) > _ANSWER:
             yield b"[%s]" % b",".join(piece)
             piece = []
@@ -112,7 +119,7 @@ def take_census(backend: PostgresBackend, borrower: Borrower, named: Sequence[Lo
         rows = _rows((yield from protocol.query(pgconn, sql.census(pgconn.server_version))))
         full = yield from protocol.query(pgconn, sql.FULLNESS)
         told: _Told = {}
-        for answer in answers(session.held):  # our own; the watcher leaves a session alone that is in use
+        for answer in answers(session):  # our own; the watcher leaves a session alone that is in use
             _hear(told, session.pid, json.loads(answer))
         if asks:
             asked = {row.backend_pid for row in rows if row.held and row.pid is not None}
@@ -152,8 +159,9 @@ def _rows(result: PGresult) -> list[LockRow]:
     return rows
 
 
-#: What holders have told: (their backend pid, the number that is locked) -> the key's number, its text, seconds held.
-_Told = dict[tuple[int, int], tuple[int, str, float]]
+#: What holders have told: (their backend pid, the number that is locked) -> the key's number, its text, seconds held or
+#: None.
+_Told = dict[tuple[int, int], tuple[int, str, float | None]]
 
 
 def _listen(pgconn: PGconn, channel: str, waiting: set[int], told: _Told) -> Steps[None]:
@@ -195,5 +203,5 @@ def _named(rows: list[LockRow], told: _Told, named: Sequence[LockKey], now: floa
             row,
             key=known,
             held=row.held and row.number not in gates,
-            since=row.since if mine is None else now - mine[2],
+            since=row.since if mine is None or mine[2] is None else now - mine[2],
         )

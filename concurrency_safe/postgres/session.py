@@ -17,6 +17,7 @@ from psycopg import OperationalError, ProgrammingError, conninfo, pq
 from psycopg.pq.abc import PGconn, PGresult
 
 from concurrency_safe.core.errors import ConfigurationError, LockUnavailable
+from concurrency_safe.core.keys import LockKey
 from concurrency_safe.core.sessions import Borrower, Hold, Request
 from concurrency_safe.core.steps import READ, Steps
 
@@ -82,6 +83,7 @@ class LockSession:
         "held",
         "home",
         "idle_since",
+        "last",
         "name",
         "pgconn",
         "pid",
@@ -109,6 +111,8 @@ class LockSession:
         self.home: object = None
         #: What is held here, by number.
         self.held: dict[int, Hold] = {}
+        #: What was released here last, and its number: who asks may have seen it held.
+        self.last: tuple[int, LockKey] | None = None
         #: What may be held here although nobody owns it (number, shared): released before the next use.
         self.debts: set[tuple[int, bool]] = set()
         #: Whether it was seen to be cut.
@@ -208,14 +212,14 @@ class LockSession:
         return channels
 
     def tell(self, channel: bytes) -> Steps[None]:
-        """Answer there what is held here; a server that refuses the answer costs nobody a lock.
+        """Answer there what is held here, or was just now; a server that refuses the answer costs nobody a lock.
 
         Raises: ServerGoneError.
         """
         until = time.monotonic() + HEARTBEAT_TIMEOUT
         escaping = pq.Escaping(self.pgconn)
         with contextlib.suppress(protocol.ServerRefusedError):
-            for answer in answers(self.held):
+            for answer in answers(self):
                 literal = bytes(escaping.escape_literal(answer))
                 yield from protocol.query(self.pgconn, b"SELECT pg_notify('%s', %s)" % (channel, literal), until)
 

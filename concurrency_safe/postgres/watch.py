@@ -101,10 +101,10 @@ class _Watcher:
             if session is None or session.dead:
                 if self.sessions.get(fd) is entry:  # pragma: no branch - the number may be another session's by now
                     del self.sessions[fd]
-            elif session.held:
-                self.answer(session, pool)
-                if session.used_at < due:
-                    self.ask(session, pool)
+                continue
+            self.answer(session, pool)
+            if session.held and session.used_at < due:
+                self.ask(session, pool)
 
     def inspect(self, fd: int) -> None:
         reference, pool = self.sessions.get(fd, (None, None))
@@ -119,7 +119,7 @@ class _Watcher:
             pool.forget(session)
 
     def answer(self, session: LockSession, pool: SessionPool) -> None:
-        """Tell those who asked (`concurrency-safe locks`) what `session` holds."""
+        """Tell those who asked (`concurrency-safe locks`) what `session` holds, or has held just now."""
         with pool.mutex:
             if session.user is not None:
                 return

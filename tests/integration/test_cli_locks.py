@@ -21,11 +21,16 @@ from django.core.management import CommandError, call_command
 from psycopg.conninfo import make_conninfo
 
 from concurrency_safe import LockUnavailable, configure, lock
+from concurrency_safe.core.keys import lock_key
+from concurrency_safe.core.steps import READ
 from concurrency_safe.locks import current_work
 from concurrency_safe.postgres import sql
+from concurrency_safe.postgres import watch as watchers
+from concurrency_safe.postgres.waiting import wait_socket
 from concurrency_safe.tables import census, duration
 from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 from tests.integration.test_cli_run import LISTENER, PROGRAM, Run, run, said
+from tests.integration.test_shared_sessions import session_of
 from tests.settings import NO_SERVER
 
 __all__ = ["run"]  # a fixture
@@ -143,6 +148,27 @@ def test_a_process_that_can_not_answer_shows_its_number(dsn: str, holder: subpro
     _, out, _ = locks(dsn, "a", "gpu")
     assert len(re.findall(rf"^(?:a|gpu) +held .* {holder.pid} ", out, re.MULTILINE)) == 2
     assert len(re.findall(rf"^#-?\d+ +held.* {holder.pid} ", out, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("when", ["before its release", "after"])
+def test_who_asks_about_a_lock_that_is_over_soon_hears_its_text(dsn: str, store: LockStore, when: str) -> None:
+    """The watcher answers up to a second later; who releases answers at once, since its process may end then."""
+    configure(dsn=dsn)
+    channel = f"concurrency_safe_{0:016x}"
+    question = f"LISTEN {channel}; SELECT pg_notify('{sql.QUESTION}', '{channel}')"
+    with lock("over soon") as held:
+        watcher, session = watchers._watcher, session_of(held)
+        assert watcher is not None
+        if when == "before its release":
+            del watcher.sessions[session.pgconn.socket]  # it does not answer
+            store.connection.execute(question)
+            wait_for(lambda: wait_socket(session.pgconn.socket, READ, 0))
+    if when == "after":
+        store.connection.execute(question)
+    number = lock_key("over soon").number
+    told = [json.loads(notify.payload) for notify in store.connection.notifies(timeout=10, stop_after=2)]
+    store.connection.execute(f"UNLISTEN {channel}")
+    assert told == [[[number, number, "over soon", None]], []]
 
 
 def test_a_lock_of_somebody_else_is_shown_only_when_it_is_named(rival: Rival, dsn: str) -> None:

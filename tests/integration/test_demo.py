@@ -11,7 +11,15 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
+from concurrency_safe import LockUnavailable
+from concurrency_safe.core.keys import lock_key
+from concurrency_safe.core.sessions import StoreOptions
+from concurrency_safe.ownership import Footing
+from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.census import LockRow, take_census
+from concurrency_safe.postgres.waiting import drive
 from tests.integration.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -31,22 +39,34 @@ DOORS = {
     "actor, unguarded": False,
     "actor, lock_key=...": True,
 }
+#: The locks of the doors that hold one for long enough to be seen.
+GUARDED_KEYS = {f"stock:{door}" for door in ("view-guarded", "view-or-busy", "script", "task-guarded", "actor-guarded")}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_unguarded_doors_lose_updates_and_guarded_doors_lose_none(tmp_path: Path) -> None:
-    file = tmp_path / "report.json"
+def test_unguarded_doors_lose_updates_and_guarded_doors_lose_none(dsn: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "report.json", tmp_path / "output"
     before = databases()
 
-    demo = subprocess.run([*DEMO, "--json", file], cwd=ROOT, capture_output=True, text=True, check=False)
-
-    assert demo.returncode == 0, demo.stdout + demo.stderr
+    with output.open("w") as log:
+        demo = subprocess.Popen([*DEMO, "--json", file], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        wait_for(lambda: databases() != before or demo.poll() is not None)
+        seen = locks_until_the_end(demo, make_conninfo(dsn, dbname=(databases() - before).pop()))
+    stdout = output.read_text()
+    assert demo.returncode == 0, stdout
     assert databases() == before
+
+    # Who has ended before the question came can tell nothing.
+    told = [row for row in seen if row.key is not None]
+    assert len(seen) - len(told) <= len(seen) / 50
+    assert all(row.number == lock_key(row.key).number for row in told if row.key)
+    assert {row.key for row in told if row.held} >= GUARDED_KEYS
+    assert "stock:script" in {row.key for row in told if not row.held}
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     assert {row["door"]: row["guarded"] for row in rows} == DOORS
     for row in rows:
-        assert f"\n{row['door']}  " in demo.stdout
+        assert f"\n{row['door']}  " in stdout
         decrease = row["stock"] - row["left"]
         assert row["sold"] + row["sold_out"] == row["requests"]
         if row["guarded"]:
@@ -74,6 +94,22 @@ def test_a_killed_demo_leaves_no_process() -> None:
         demo.kill()
 
         wait_for(lambda: not started & set(processes()), END_LIMIT)
+
+
+def locks_until_the_end(demo: subprocess.Popen[bytes], dsn: str) -> list[LockRow]:
+    """Look at the locks of a demo, as `concurrency-safe locks --json` does, again and again while it runs."""
+    backend, footing = PostgresBackend(dsn, StoreOptions()), Footing(None)
+    seen: list[LockRow] = []
+    while demo.poll() is None:
+        try:
+            seen += drive(take_census(backend, footing, [])).locks
+            demo.wait(0.05)
+        except subprocess.TimeoutExpired:
+            pass
+        except LockUnavailable:  # its database is not there yet, or not any more
+            drive(backend.undo(footing, ()))
+    backend.close()
+    return seen
 
 
 def databases() -> set[str]:
