@@ -64,6 +64,7 @@ def test_a_cold_shutdown_frees_the_lock_and_another_worker_completes_the_task(ow
 
 
 def test_200_soft_limits_at_random_moments_leave_nothing(own_fleet: Workers) -> None:
+    own_fleet.stay_unmeasured()
     own_fleet.start(4)
     children = own_fleet.children()
 
