@@ -6,10 +6,12 @@ five ways to build the call; what *retry* and *skip* mean to a framework, its ad
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import lru_cache, update_wrapper
+from functools import update_wrapper
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
@@ -22,6 +24,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MISSING: Any = object()
+
+#: How many functions a guard knows at a time.
+TEMPLATES = 64
+
+#: What contextlib makes of a generator function.
+_MANAGERS = (contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager)
 
 _FORMS = (
     '@concurrency_safe(key="stock:{sku}"), @concurrency_safe(key=("stock", "{sku}")), '
@@ -78,6 +86,7 @@ class Guard:
     max_waiters: int | None = None
     options: LockOptions = field(init=False, repr=False, compare=False)
     policy: ConflictPolicy = field(init=False, repr=False, compare=False)
+    _templates: dict[Any, KeyTemplate] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the options once; past this line nobody does."""
@@ -133,15 +142,28 @@ class Guard:
             raise ConfigurationError(
                 f"{_name(fn)} is `async def`, whose body would run after the lock's release; `await guard.arun(...)`"
             )
-        return cast("R", self.run_as(_template(self.key, fn), fn, args, kwargs, DIRECT))
+        return cast("R", self.run_as(self._template(fn), fn, args, kwargs, DIRECT))
 
     async def arun(self, fn: Callable[P, Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call and await `fn` guarded, once. See `run`."""
-        return cast("R", await self.arun_as(_template(self.key, fn), fn, args, kwargs, DIRECT))
+        return cast("R", await self.arun_as(self._template(fn), fn, args, kwargs, DIRECT))
 
     def lock(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Lock:
         """Give the lock that the call `fn(*args, **kwargs)` would take."""
-        return Lock((_template(self.key, fn).render(args, kwargs),), self.options)
+        return Lock((self._template(fn).render(args, kwargs),), self.options)
+
+    def _template(self, fn: Callable[..., Any]) -> KeyTemplate:
+        """Give the template for `fn`, which `run` gets anew at each call.
+
+        Remembered here, not by the key: keys that are equal, as 1 and True, have different texts.
+        """
+        template = self._templates.get(fn)
+        if template is None:
+            _refuse_unguardable(fn)
+            if len(self._templates) >= TEMPLATES:
+                self._templates.clear()
+            template = self._templates[fn] = KeyTemplate(self.key, fn)
+        return template
 
     def run_as(
         self,
@@ -162,6 +184,8 @@ class Guard:
                         f"{_name(fn)} returned a coroutine, which would run after the lock's release; "
                         "make it `async def`, so that it is awaited while the lock is held"
                     )
+                if _is_its_body(result, fn):
+                    raise _generates(fn)
                 return result
         except (LockAcquireTimeout, LockUnavailable) as error:
             # By identity: a conflict of another lock, inside the body, is the body's own error.
@@ -276,13 +300,6 @@ def concurrency_safe(  # noqa: PLR0913 - one keyword an option, as `lock()` has 
     )
 
 
-@lru_cache(maxsize=512)
-def _template(key: Any, fn: Callable[..., Any]) -> KeyTemplate:
-    """Build the template for `Guard.run`, which gets its function anew at each call."""
-    _refuse_unguardable(fn)
-    return KeyTemplate(key, fn)
-
-
 def _name(fn: object) -> str:
     return getattr(fn, "__qualname__", None) or repr(fn)
 
@@ -292,12 +309,37 @@ def _refuse_unguardable(fn: Any) -> None:
 
     Raises: ConfigurationError.
     """
-    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-        raise ConfigurationError(
-            f"{_name(fn)} is a generator function: its body runs after the lock's release; "
-            "use `with lock(...)` inside it, or guard the function that consumes it"
-        )
+    if isinstance(fn, (staticmethod, classmethod)):
+        kind = type(fn).__name__
+        raise ConfigurationError(f"{_name(fn)} is a {kind}: put @{kind} above the guard, not below it")
     if inspect.isclass(fn) or not callable(fn):
         raise ConfigurationError(
             f"{_name(fn)} is not a function; guard its methods, in a class-based view by method_decorator"
         )
+    for body in (fn, type(fn).__call__):
+        if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
+            raise _generates(fn)
+
+
+def _generates(fn: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"{_name(fn)} is a generator function: its body runs after the lock's release; "
+        "use `with lock(...)` inside it, or guard the function that consumes it"
+    )
+
+
+def _is_its_body(result: Any, fn: Any) -> bool:
+    """Say whether `result` is the body of `fn`, still to be run: a generator, or a context manager made of one.
+
+    A decorator below the guard may have hidden it, or may have consumed it; only the result tells.
+    """
+    kind = type(result)
+    if kind in _MANAGERS:
+        result, kind = result.gen, type(result.gen)
+    if kind is GeneratorType:
+        code = result.gi_code
+    elif kind is AsyncGeneratorType:
+        code = result.ag_code
+    else:
+        return False
+    return code is getattr(inspect.unwrap(fn), "__code__", None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import pytest
 
 from concurrency_safe import (
     Call,
+    ConfigurationError,
     Guard,
     LockAcquireTimeout,
     LockUnavailable,
@@ -29,6 +32,49 @@ def body(sku: str) -> str:
     held = current_lock()
     assert held is not None
     return f"{held.keys[0]} of {sku}"
+
+
+def hiding(fn: Callable[[str], object]) -> Callable[[str], object]:
+    """Wrap `fn`, as any decorator does."""
+
+    @wraps(fn)
+    def hidden(sku: str) -> object:
+        return fn(sku)
+
+    return hidden
+
+
+def produce(sku: str) -> Iterator[str]:
+    ran.append(sku)
+    yield sku
+
+
+async def produce_later(sku: str) -> AsyncIterator[str]:
+    ran.append(sku)
+    yield sku
+
+
+ran: list[str] = []
+
+
+@pytest.mark.parametrize(
+    "decorated", [hiding(produce), contextmanager(produce), hiding(produce_later), asynccontextmanager(produce_later)]
+)
+def test_a_body_that_a_decorator_hides_does_not_run_after_the_release(decorated: Callable[[str], object]) -> None:
+    with pytest.raises(ConfigurationError, match="its body runs after the lock's release"):
+        concurrency_safe("k", backend=MemoryBackend())(decorated)("A")
+    assert ran == []
+
+
+def test_a_decorator_may_consume_a_generator() -> None:
+    @wraps(produce)
+    def first(sku: str) -> str:
+        return next(produce(sku))
+
+    assert concurrency_safe("k", backend=MemoryBackend())(first)("A") == "A"
+    assert ran.pop() == "A"
+    rows = concurrency_safe("k", backend=MemoryBackend())(lambda: (number for number in (1, 2)))()
+    assert list(rows) == [1, 2]  # it said so itself
 
 
 def test_a_guard_runs_decorates_and_gives_its_lock(rival: Rival) -> None:

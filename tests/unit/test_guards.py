@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ async def generate_later(sku: str) -> AsyncIterator[str]:
 class Shop:
     """Not a function."""
 
+    @classmethod
+    def of_all(cls) -> None: ...
+
+    def __call__(self) -> Iterator[str]:
+        yield "sku"
+
 
 @pytest.mark.parametrize(
     ("fn", "says"),
@@ -38,6 +45,9 @@ class Shop:
         (generate_later, "generator function"),
         (Shop, "Shop is not a function.*method_decorator"),
         (7, "7 is not a function"),
+        (Shop(), "is a generator function"),
+        (staticmethod(buy), "buy is a staticmethod: put @staticmethod above the guard"),
+        (Shop.__dict__["of_all"], "of_all is a classmethod: put @classmethod above the guard"),
     ],
     ids=repr,
 )
@@ -46,6 +56,21 @@ def test_what_can_not_be_guarded_is_refused(fn: Any, says: str) -> None:
         concurrency_safe(key="k")(fn)
     with pytest.raises(ConfigurationError, match=says):
         Guard("k").run(fn)
+
+
+def test_keys_that_are_equal_are_not_the_same() -> None:
+    for key, text in ((("stock", 1), "1"), (("stock", True), "True"), (("stock", Decimal("1.00")), "1.00")):
+        assert repr(text) in repr(Guard(key).lock(buy, "a"))
+    assert "buy" in repr(Guard(True).lock(buy, "a"))
+    with pytest.raises(ConfigurationError):
+        Guard(1).lock(buy, "a")
+
+
+def test_a_guard_forgets_the_functions_that_it_knows() -> None:
+    guard = Guard("k:{sku}")
+    for _ in range(200):
+        guard.lock(lambda sku: None, "a")  # noqa: ARG005 - named by the key
+    assert len(guard._templates) <= 64
 
 
 def test_retry_needs_a_queue() -> None:
