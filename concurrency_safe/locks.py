@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
@@ -113,7 +114,7 @@ def lock(  # noqa: PLR0913 - one keyword an option
 class Lock:
     """One acquisition: enter it once, by `with` or `async with`."""
 
-    __slots__ = ("_held", "_keys", "_options", "failure")
+    __slots__ = ("_held", "_keys", "_options", "_unused", "failure")
 
     def __init__(self, keys: tuple[Key, ...], options: LockOptions) -> None:
         """Check what can be checked without the store; nothing is acquired."""
@@ -124,6 +125,7 @@ class Lock:
         self._keys = keys
         self._options = options
         self._held: HeldLock | None = None
+        self._unused = True
         #: The error that ended the acquisition, so that a caller can tell it from one of the body's.
         self.failure: ConcurrencySafeError | None = None
 
@@ -192,12 +194,14 @@ class Lock:
         return await self._aenter(keep=True)
 
     def _begin(self, home: asyncio.AbstractEventLoop | None) -> HeldLock:
-        if self._held is not None or self.failure is not None:
+        try:
+            del self._unused  # by one of two threads
+        except AttributeError:
             texts = ", ".join(map(repr, self._keys))
             raise LockReentrancyError(
                 f"lock {texts} was entered already; a Lock is one acquisition: call lock(...) again",
                 str(self._keys[0]),
-            )
+            ) from None
         settings = get_settings()
         keys = (lock_key(key, settings.namespace) for key in self._keys)
         held = self._held = HeldLock(tuple({key.number: key for key in keys}.values()), settings, home)
@@ -236,7 +240,7 @@ class HeldLock:
         self._pid = os.getpid()
         self._space: LockSpace | None = None
         self._transaction: TransactionLock | None = None
-        self._callbacks: tuple[Callable[[HeldLock], object], ...] = ()
+        self._callbacks: deque[Callable[[HeldLock], object]] | None = None
         self._lost = False
         self._since = time.monotonic()
         self._active = False
@@ -293,12 +297,16 @@ class HeldLock:
             raise LockNotHeld(f"lock {self._text!r} is not held any more", self._text)
 
     def on_lost(self, callback: Callable[[HeldLock], object]) -> None:
-        """Call `callback(held)` once, as soon as the loss of the lock is noticed.
+        """Call `callback(held)` once, as soon as the loss of the lock is noticed; at once when it was noticed before.
 
         From the library's watcher, which is a thread of its own; for a lock that an asyncio task holds, in its event
         loop: `held.on_lost(lambda held: task.cancel())`.
         """
-        self._callbacks = (*self._callbacks, callback)
+        if self._callbacks is None:
+            self._callbacks = deque()
+        self._callbacks.append(callback)
+        if self._lost:
+            self._call_at_home()
 
     def sockets(self) -> frozenset[int]:
         """Give the file descriptors of the connections that hold the lock.
@@ -314,17 +322,20 @@ class HeldLock:
 
         Raises: LockNotHeld: it was released before. LockLost: it had gone away.
         """
-        self._require_entered()
+        self._require_entered(is_async=False)
         self._release(None)
 
     async def arelease(self) -> None:
         """Release the lock now, while the event loop goes on. See `release`."""
-        self._require_entered()
+        self._require_entered(is_async=True)
         await self._arelease(None)
 
-    def _require_entered(self) -> None:
+    def _require_entered(self, *, is_async: bool) -> None:
         if not self._is_entered:
             raise LockNotHeld(f"lock {self._text!r} was released already, or by another process", self._text)
+        if is_async != (self._footing.home is not None):
+            theirs, ours = ("held.release()", "aacquire") if is_async else ("await held.arelease()", "acquire")
+            raise ConfigurationError(f"lock {self._text!r} was not acquired by {ours}(): release it by `{theirs}`")
 
     # The way in. `Lock` calls `_abandon` after anything but success.
 
@@ -429,7 +440,10 @@ class HeldLock:
     def _enter_context(self, *, keep: bool) -> None:
         self._active = True
         if self._net is not None:  # pragma: no branch - it is None once the lock was left
-            _stack.set((self._net, _stack.get()))
+            stack = _stack.get()
+            while stack is not None and ((top := stack[0]()) is None or not top._active):
+                stack = stack[1]  # it was released in another context
+            _stack.set((self._net, stack))
         if keep:
             _kept.add(self)
 
@@ -510,6 +524,9 @@ class HeldLock:
             return
         self._lost = True
         instrumentation.emit(LockEvent("lost", self.keys))
+        self._call_at_home()
+
+    def _call_at_home(self) -> None:
         home = self._footing.home
         if home is not None and home.is_running() and home is not running_loop():
             home.call_soon_threadsafe(self._call_back)
@@ -517,7 +534,8 @@ class HeldLock:
             self._call_back()
 
     def _call_back(self) -> None:
-        for callback in self._callbacks:
+        while self._callbacks:
+            callback = self._callbacks.popleft()
             try:
                 callback(self)
             except Exception:  # noqa: BLE001 - logged; one callback must not keep the others from hearing

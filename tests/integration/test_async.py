@@ -213,6 +213,20 @@ def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other(outer: 
     assert asyncio.run(main()).count(True) == 1
 
 
+def test_a_lock_is_released_in_the_way_that_it_was_acquired() -> None:
+    async def main() -> None:
+        ours, theirs = await lock("one").aacquire(), lock("two").acquire()
+        with pytest.raises(ConfigurationError, match=r"'one' was not acquired by acquire.*`await held.arelease\(\)`"):
+            ours.release()
+        with pytest.raises(ConfigurationError, match=r"'two' was not acquired by aacquire.*`held.release\(\)`"):
+            await theirs.arelease()
+        assert_locked("one", "two")
+        await ours.arelease()
+        theirs.release()
+
+    asyncio.run(main())
+
+
 def test_jobs_that_share_a_thread_exclude_each_other() -> None:
     """A lock that a job has left behind is no reason to let the next job in."""
     with ThreadPoolExecutor(1) as pool:

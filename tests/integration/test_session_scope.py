@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
 from concurrency_safe import (
     ConfigurationError,
     HeldLock,
+    Lock,
     LockAcquireTimeout,
     LockLost,
     LockNotHeld,
@@ -20,8 +23,10 @@ from concurrency_safe import (
     configure,
     current_lock,
     lock,
+    locks,
 )
-from tests.integration.conftest import LockStore, Rival, wait_for
+from concurrency_safe.memory import MemoryBackend
+from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
 
 
 def in_thread(body: object) -> threading.Thread:
@@ -219,6 +224,30 @@ def test_a_lock_is_entered_once() -> None:
         pytest.fail("entered again after its end")
 
 
+def test_of_threads_that_enter_one_lock_at_once_one_does() -> None:
+    together, entered, refused = threading.Barrier(4), [], []
+
+    def enter(single: Lock) -> None:
+        together.wait(LIMIT)
+        try:
+            entered.append(single.acquire())
+        except LockReentrancyError:
+            refused.append(single)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(200):
+            single = lock(("one", number), shared=True, backend=MemoryBackend())
+            for thread in [in_thread(partial(enter, single)) for _ in range(4)]:
+                thread.join()
+            entered.pop().release()
+            assert (entered, len(refused)) == ([], 3)
+            refused.clear()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_nested_conflict_belongs_to_the_body(rival: Rival) -> None:
     rival.hold("inner")
 
@@ -241,6 +270,23 @@ def test_acquire_without_a_block_holds_until_release(rival: Rival) -> None:
     assert rival.try_hold("kept")
     with pytest.raises(LockNotHeld, match="released already"):
         held.release()
+
+
+def test_locks_that_others_release_leave_nothing_in_the_context_of_who_acquired() -> None:
+    def depth() -> int:
+        stack, found = locks._stack.get(), 0
+        while stack is not None:
+            stack, found = stack[1], found + 1
+        return found
+
+    before = depth()
+    with lock("outer"):
+        for _ in range(5):
+            thread = in_thread(lock("handed over").acquire().release)
+            thread.join()
+            with lock("inner"):
+                assert depth() <= before + 3
+    assert depth() <= before + 1  # the last one
 
 
 def test_a_release_inside_the_block_is_not_repeated(rival: Rival) -> None:
@@ -277,6 +323,18 @@ def test_a_cut_session_is_noticed_in_the_body_and_at_its_end(rival: Rival) -> No
         body(held)
 
     assert noticed == [held]
+
+
+def test_who_asks_to_be_told_of_a_loss_that_was_noticed_is_told_at_once(rival: Rival) -> None:
+    noticed: list[HeldLock] = []
+    held = lock("stock:ABC").acquire()
+    held.on_lost(noticed.append)
+    cut_holders(rival)
+    wait_for(lambda: held.is_lost)
+    held.on_lost(noticed.append)
+    assert noticed == [held, held]
+    with pytest.raises(LockLost):
+        held.release()
 
 
 def test_a_loss_does_not_hide_the_body_error(rival: Rival) -> None:
