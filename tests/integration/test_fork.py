@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from concurrency_safe import LockAcquireTimeout, LockNotHeld, assert_locked, current_lock, lock, spaces
-from tests.integration.conftest import LockStore, Rival, wait_for
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 
 RUNS = 50
 
 
-def in_child(body: object, *, politely: bool = False) -> int:
-    """Run `body()` in a forked child, which ends by os._exit, or as a program does; return its exit status."""
+def in_child(body: object) -> int:
+    """Run `body()` in a forked child; return its exit status."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             body()  # type: ignore[operator]
             status = 0
-            if politely:
-                sys.exit(0)
-        except SystemExit:
-            # What the interpreter does at a normal end, without pytest's own farewell.
-            import atexit
-            import gc
-
-            gc.collect()
-            atexit._clear()
         except BaseException as error:  # noqa: BLE001 - it would go on as a second pytest
             os.write(2, f"{error!r}\n".encode())
         finally:
@@ -38,14 +30,41 @@ def in_child(body: object, *, politely: bool = False) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("politely", [False, True], ids=["_exit", "normal exit"])
-def test_the_parents_lock_survives_its_childs_exit(rival: Rival, *, politely: bool) -> None:
-    with lock("one") as held:
-        for _ in range(RUNS):
-            assert in_child(lambda: None, politely=politely) == 0
-            assert not held.is_lost
-            assert not rival.try_hold("one")
+#: A process of little memory, whose children are quickly made: it holds a lock while they end, one after the other.
+PARENT = """
+import os, sys
+from concurrency_safe import lock
 
+def child(politely):
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if politely:
+        sys.exit(0)
+    os._exit(0)
+
+with lock("one") as held:
+    for _ in range(int(sys.argv[1])):
+        assert child(sys.argv[2] == "normal exit") == 0
+        assert not held.is_lost
+        print("held", flush=True)
+        input()
+"""
+
+
+@pytest.mark.parametrize("end", ["_exit", "normal exit"])
+def test_the_parents_lock_survives_its_childs_exit(end: str, dsn: str, rival: Rival) -> None:
+    command = [sys.executable, "-c", PARENT, str(RUNS), end]
+    environment = {**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        for _ in range(RUNS):
+            assert parent.stdout.readline() == "held\n"
+            assert not rival.try_hold("one")
+            parent.stdin.write("on\n")
+            parent.stdin.flush()
+    assert parent.returncode == 0
     assert rival.is_free("one")
 
 

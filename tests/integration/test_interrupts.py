@@ -7,6 +7,7 @@ lock, in the body, and in the release.
 from __future__ import annotations
 
 import ctypes
+import queue
 import random
 import signal
 import sys
@@ -14,11 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 from concurrency_safe import lock
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
+from tests.integration.test_session_scope import in_thread
 
 ROUNDS = 500
 
@@ -105,46 +108,52 @@ def test_signal_handlers_leave_nothing_behind(raised: type[BaseException], store
     assert rival.is_free("one")
 
 
-@pytest.mark.timeout(150)
-def test_asynchronous_exceptions_leave_nothing_behind(store: LockStore, rival: Rival) -> None:
-    stop = threading.Event()
-    granting = grants(rival, stop, "one")
-    chance = random.Random(13)
-    late: list[float] = []
-    caught: list[float] = []
-    ready = threading.Event()
+@pytest.fixture
+def rivals(store: LockStore) -> Iterator[dict[str, Rival]]:
+    """Give a rival for each of two keys."""
+    both = {key: Rival(store.dsn) for key in ("one", "two")}
+    yield both
+    for rival in both.values():
+        rival.connection.close()
 
-    def work() -> None:
+
+@pytest.mark.timeout(150)
+def test_asynchronous_exceptions_leave_nothing_behind(store: LockStore, rivals: dict[str, Rival]) -> None:
+    """Two threads for each of two keys: one waits in the server, or comes from there, one in the process."""
+    stop, chance = threading.Event(), random.Random(13)
+    late: list[float] = []
+    ready: queue.SimpleQueue[None] = queue.SimpleQueue()
+    caught: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+    def work(key: str) -> None:
         sys.settrace(None)  # see unmeasured
         while not stop.is_set():
             try:
-                ready.set()
+                ready.put(None)
                 while not stop.is_set():
-                    with lock("one", timeout=None):
+                    with lock(key, timeout=None):
                         pass
             except Interrupt:
-                caught.append(time.monotonic())
+                caught.put(time.monotonic())
 
-    worker = threading.Thread(target=work)
-    worker.start()
+    granting = [grants(rival, stop, key) for key, rival in rivals.items()]
+    workers = [in_thread(partial(work, key)) for key in ("one", "one", "two", "two")]
     try:
         for _ in range(ROUNDS):
-            assert ready.wait(LIMIT)
-            ready.clear()
+            for _ in workers:
+                ready.get(timeout=LIMIT)
             stop.wait(chance.uniform(0.0001, 0.008))
             thrown = time.monotonic()
-            assert throw(worker, Interrupt) == 1
-            wait_for(lambda: len(caught) > len(late))
-            late.append(caught[-1] - thrown)
+            assert [throw(worker, Interrupt) for worker in workers] == [1] * 4
+            late += [caught.get(timeout=LIMIT) - thrown for _ in workers]
     finally:
         stop.set()
-        worker.join()
-        granting.join()
+        for thread in (*workers, *granting):
+            thread.join()
 
-    assert len(caught) == ROUNDS
     assert max(late) < SURFACES
     wait_for(lambda: store.rows() == 0, 1.0)
-    assert rival.is_free("one")
+    assert all(rival.is_free(key) for key, rival in rivals.items())
 
 
 def throw(thread: threading.Thread, raised: type[BaseException]) -> int:
