@@ -88,7 +88,7 @@ def lock(  # noqa: PLR0913 - one keyword an option
             "session". "detached": a private connection also inside a transaction.
         using: The Django alias; default: the setting USING.
         shared: True: together with other readers; a writer that waits goes before readers that come later.
-        slots: Most holders at once, in all processes; the same number everywhere for one key.
+        slots: Most holders at once, in all processes, up to 1000; the same number everywhere for one key.
         backend: A lock store of one's own (`concurrency_safe.memory.MemoryBackend` in tests); None: PostgreSQL.
         max_waiters: Don't wait where so many wait already: raise at once; None: any number.
 
@@ -426,6 +426,7 @@ class HeldLock:
         ours = tuple(key for key in request.keys if key not in outer)
         if not ours:
             return
+        space.claims.refuse_slots(ours)
         attempt = TransactionLock(connection, replace(request, keys=ours), store_options(settings))
         if not attempt.acquire():
             raise self._conflict(request, ", ".join(map(str, attempt.holders())) or None)

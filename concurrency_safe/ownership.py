@@ -277,14 +277,17 @@ class Ownership:
                 footing.gate.open()
             return
 
+    def refuse_slots(self, keys: tuple[LockKey, ...]) -> None:
+        """Refuse to take any of `keys` without slots (in a transaction) where this process uses it with them.
+
+        Raises: ConfigurationError.
+        """
+        for key in keys:
+            _refuse_slots(key, self._slots.get(key.number, 1), 1)
+
     def _refuse_other_slots(self, claim: Claim, entry: _Entry | None) -> None:
         known = self._slots.get(claim.key.number, entry.slots if entry is not None else claim.slots)
-        if known != claim.slots:
-            raise ConfigurationError(
-                f"lock {claim.key.text!r}: slots={claim.slots}, but this process uses it with slots={known}; "
-                "a key has one number of slots everywhere",
-                claim.key.text,
-            )
+        _refuse_slots(claim.key, known, claim.slots)
         if claim.slots > 1:
             self._slots[claim.key.number] = claim.slots
             if len(self._slots) > SLOTS_KNOWN:
@@ -342,7 +345,17 @@ def _part(entrance: CodeType) -> object:
     return None
 
 
+def _refuse_slots(key: LockKey, known: int, wanted: int) -> None:
+    if known != wanted:
+        raise ConfigurationError(
+            f"lock {key.text!r}: slots={wanted}, but this process uses it with slots={known}; "
+            "a key has one number of slots everywhere",
+            key.text,
+        )
+
+
 def _refuse_another_mode(held: Claim, request: Request) -> None:
+    _refuse_slots(held.key, held.slots, request.slots)
     if held.shared != request.shared:
         had, wanted = ("shared", "exclusive") if held.shared else ("exclusive", "shared")
         raise LockReentrancyError(

@@ -12,6 +12,9 @@ from .suggest import nearest
 
 SCOPES = ("auto", "session", "transaction", "detached")
 
+#: Most slots of a key: whoever looks for a free one looks at each.
+MOST_SLOTS = 1000
+
 
 class Unset(Enum):
     """Tells "not given" from None, which means "for ever"."""
@@ -54,7 +57,12 @@ class LockOptions:
             )
         if not isinstance(self.shared, bool):
             raise ConfigurationError(f"shared={self.shared!r} is neither True nor False")
-        check_count("slots", self.slots, at_least=1)
+        check_count("slots", self.slots, at_least=1, at_most=MOST_SLOTS)
+        if self.shared and self.slots > 1:
+            raise ConfigurationError(
+                f"shared=True with slots={self.slots}: readers share a lock without a number, slots have a number; "
+                "choose one of them"
+            )
         if self.max_waiters is not None:
             check_count("max_waiters", self.max_waiters, at_least=0)
         if self.using is not None and (not isinstance(self.using, str) or not self.using):
@@ -81,10 +89,12 @@ def is_number(value: object, *, at_least: float) -> TypeGuard[float]:
     return at_least <= value <= sys.float_info.max
 
 
-def check_count(name: str, value: object, *, at_least: int) -> None:
-    """Refuse what is no whole number from `at_least` on.
+def check_count(name: str, value: object, *, at_least: int, at_most: int | None = None) -> None:
+    """Refuse what is no whole number from `at_least` on, to `at_most`.
 
     Raises: ConfigurationError.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigurationError(f"{name}={value!r} is not a whole number >= {at_least}")
+    if at_most is not None and value > at_most:
+        raise ConfigurationError(f"{name}={value} is more than {at_most}, the most there are")

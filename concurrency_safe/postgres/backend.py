@@ -113,7 +113,8 @@ class PostgresBackend:
             now = time.monotonic()
             if grant is not None or (request.deadline is not None and now >= request.deadline):
                 if grant is None:
-                    yield from session.settle()
+                    yield from session.release(numbers[:1], shared=False)
+                    session.debts.clear()
                 return grant
             until = now + look if request.deadline is None else min(now + look, request.deadline)
             yield from protocol.pause(borrower.gate, until)
@@ -143,22 +144,34 @@ class PostgresBackend:
         for session, mine in _by_session(holds).items():
             try:
                 yield from self.pool.take(borrower, session)
-                for hold in mine:
-                    session.debts.add((hold.number, hold.shared))
-                    session.held.pop(hold.number, None)
-                session.last = mine[0].number, mine[0].key
-                ours = yield from session.release([hold.number for hold in mine], shared=mine[0].shared)
-                session.debts.difference_update((hold.number, hold.shared) for hold in mine)
+                ours = yield from self._release_in(session, mine)
                 if ours:
-                    for channel in session.asked():
-                        yield from session.tell(channel)
                     yield from self.pool.free(borrower)
             except (ServerGoneError, ServerRefusedError):
                 ours = False
+                if borrower.session is None and not session.dead:  # its turn did not come
+                    yield from self.undo(borrower, mine)
+                    continue
             if not ours:
                 released = False
                 yield from self._end(borrower)
         return released
+
+    @staticmethod
+    def _release_in(session: LockSession, holds: Sequence[Hold]) -> Steps[bool]:
+        mine = [hold for hold in holds if session.held.get(hold.number) is hold]
+        if not mine:  # another thread has just released them
+            return True
+        for hold in mine:
+            session.debts.add((hold.number, hold.shared))
+            del session.held[hold.number]
+        session.last = mine[0].number, mine[0].key
+        ours = yield from session.release([hold.number for hold in mine], shared=mine[0].shared)
+        session.debts.difference_update((hold.number, hold.shared) for hold in mine)
+        if ours:
+            for channel in session.asked():
+                yield from session.tell(channel)
+        return ours
 
     def undo(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[None]:
         """End what an interrupted acquisition or release left: afterwards nothing of `holds` is held.
@@ -185,19 +198,20 @@ class PostgresBackend:
 
     def _clean(self, borrower: Borrower) -> Steps[None]:
         session: LockSession = borrower.session
-        clean = False
         try:
             if session.held:
                 yield from session.settle()
                 yield from self.pool.free(borrower)
-                clean = True
+                return
         except (ServerGoneError, ServerRefusedError):
             pass
-        finally:
-            if not clean:
-                session.dead = True
-        if not clean:
-            yield from self._end(borrower)
+        except BaseException:  # once more: no time is left to be polite
+            session.dead = True
+            borrower.session = session.user = None
+            self.pool.forget(session)
+            raise
+        session.dead = True
+        yield from self._end(borrower)
 
     def _end(self, borrower: Borrower) -> Steps[None]:
         """Close the session that `borrower` uses, whatever it does now; others that it held locks for lose them."""

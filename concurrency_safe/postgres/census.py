@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from concurrency_safe.core.errors import LockUnavailable
 from concurrency_safe.core.keys import LockKey, slot_numbers
+from concurrency_safe.core.options import MOST_SLOTS
 from concurrency_safe.core.steps import READ, SocketWait, Steps
 
 from . import protocol, sql
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 #: Seconds that holders have for an answer: their watcher looks once a second.
 PATIENCE = 1.5
 
-#: How many slots of a key that somebody names are known by its name.
-SLOTS = 1000
 
 #: Bytes of one answer; a notification holds less than 8000.
 _ANSWER = 7000
@@ -190,7 +189,7 @@ def _named(rows: list[LockRow], told: _Told, named: Sequence[LockKey], now: floa
     numbers = dict(texts)
     gates: set[int] = set()  # where those who wait for a slot queue: the first of them holds it
     for key in (*named, *(LockKey(text, number) for number, text in texts.items())):
-        gate, *slots = slot_numbers(key, SLOTS if key in named else 0)
+        gate, *slots = slot_numbers(key, MOST_SLOTS if key in named else 0)
         gates.add(gate)
         numbers |= dict.fromkeys((gate, *slots), key.text)
     numbers |= {number: text for (_, number), (_, text, _) in told.items()}

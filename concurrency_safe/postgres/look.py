@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrency_safe.core.errors import LockUnavailable
 from concurrency_safe.core.keys import LockKey, slot_numbers
+from concurrency_safe.core.options import MOST_SLOTS
 from concurrency_safe.core.sessions import Borrower
 from concurrency_safe.core.steps import Steps
 
@@ -12,16 +13,13 @@ from .inspect import Holder, holders_of, session_name
 from .pool import SessionPool
 from .protocol import ServerGoneError, ServerRefusedError
 
-#: How many slots of a key are looked at: how many it has, only those who use it know.
-SLOTS = 1000
-
 
 def look(pool: SessionPool, borrower: Borrower, key: LockKey) -> Steps[tuple[list[Holder], list[Holder]]]:
     """Give the holders of `key`, in any mode, and those who wait for it; each by the number of its server process.
 
     Raises: LockUnavailable, ConfigurationError.
     """
-    gate, *slots = slot_numbers(key, SLOTS)
+    gate, *slots = slot_numbers(key, MOST_SLOTS)
     try:
         session = yield from pool.lend(borrower, (), session_name(None), empty=False)
         holders = holders_of((yield from session.holders(sql.HOLDERS, [key.number, *slots])))

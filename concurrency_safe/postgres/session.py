@@ -185,16 +185,20 @@ class LockSession:
         """
         until = time.monotonic() + SETTLE_TIMEOUT
         if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-            with contextlib.suppress(protocol.ServerRefusedError):
+            try:
                 yield from protocol.answer(self.pgconn, until)
+            except protocol.ServerRefusedError:
+                pass
+            except OperationalError as error:
+                raise protocol.ServerGoneError(str(error)) from error
         self.prepared.clear()  # which statements were prepared is not known any more
         self.name = None
-        yield from protocol.query(self.pgconn, b"DEALLOCATE ALL", until)
         debts = tuple(self.debts)
-        for number, shared in debts:
-            mode = b"_shared" if shared else b""
-            yield from protocol.query(self.pgconn, b"SELECT pg_advisory_unlock%s(%d)" % (mode, number), until)
-            self.debts.discard((number, shared))
+        unlock = b"".join(
+            b"; SELECT pg_advisory_unlock%s(%d)" % (b"_shared" if shared else b"", number) for number, shared in debts
+        )
+        yield from protocol.query(self.pgconn, b"DEALLOCATE ALL" + unlock, until)  # in one round trip
+        self.debts.difference_update(debts)
 
     def beat(self) -> Steps[None]:
         """Ask for a sign of life.

@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,6 +18,7 @@ from concurrency_safe.locks import _kept
 from concurrency_safe.memory import MemoryBackend
 from concurrency_safe.ownership import Claim, Footing, Owner
 from concurrency_safe.postgres import pool as pools
+from concurrency_safe.postgres import session as sessions
 from concurrency_safe.postgres import watch as watchers
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.protocol import ServerGoneError
@@ -239,6 +241,89 @@ def test_an_event_of_an_earlier_session_ends_no_later_one(backend: PostgresBacke
     drive(backend.pool.free(user))
     assert not held.is_lost
     held.release()
+
+
+def test_a_release_whose_turn_does_not_come_is_paid_by_who_is_in_the_way(
+    backend: PostgresBackend, store: LockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = lock("one", backend=backend).acquire(), lock("two", backend=backend).acquire()
+    user, session = Footing(None), session_of(one)
+    drive(backend.pool.take(user, session))
+    monkeypatch.setattr(pools, "STALL", 0.01)
+    one.release()
+    assert store.rows() == 2
+    drive(backend.pool.free(user))
+    assert store.rows() == 1
+    lock("one", timeout=0, backend=backend).acquire().release()
+    two.check()
+    two.release()
+
+
+def test_two_releases_of_one_lock_at_once_cost_no_other_lock(backend: PostgresBackend, store: LockStore) -> None:
+    one, two = lock("one", backend=backend).acquire(), lock("two", backend=backend).acquire()
+    user, session = Footing(None), session_of(one)
+    drive(backend.pool.take(user, session))
+    ways_out = [one._give_up(), one._give_up()]
+    for steps in ways_out:
+        next(steps)  # it waits for its turn
+    drive(backend.pool.free(user))
+    assert [drive(steps) for steps in ways_out] == [True, True]
+    one._leave_context()
+    assert not two.is_lost
+    assert store.rows() == 1
+    two.release()
+
+
+def test_a_second_interrupt_closes_the_session_that_the_first_was_cleaning(
+    backend: PostgresBackend, store: LockStore, wire: Wire
+) -> None:
+    one, two = lock("one", backend=backend).acquire(), lock("two", backend=backend).acquire()
+    session, user = session_of(one), Footing(None)
+    drive(backend.pool.take(user, session))
+    steps = backend.undo(user, one._footing.claims)
+    next(steps)  # it waits for the answer
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt())
+    assert session.dead
+    assert session.user is None
+    wait_for(lambda: store.rows() == 0)
+    for held in (one, two):
+        with pytest.raises(LockLost):
+            held.release()
+
+
+def test_a_session_that_is_cut_while_it_is_cleaned_is_gone(backend: PostgresBackend, wire: Wire) -> None:
+    """Its clean-up must not raise anything else: that would hide the interrupt."""
+    held = lock("one", backend=backend).acquire()
+    session = session_of(held)
+    drive(backend.pool.take(Footing(None), session))
+    session.pgconn.send_query(b"SELECT pg_sleep(60)")
+    steps = session.settle()
+    next(steps)
+    for link in wire.links:
+        link.cut()
+    with pytest.raises(ServerGoneError):
+        drive(steps)
+    session.dead = True
+    with pytest.raises(LockLost):
+        held.release()
+
+
+def test_a_conflict_on_slots_has_the_time_of_any_statement(
+    backend: PostgresBackend, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of a clean-up after an interrupt, which is short."""
+    other = PostgresBackend(dsn, StoreOptions())
+    held = [lock("gpu", slots=2, backend=other).acquire()]
+    monkeypatch.setattr(sessions, "SETTLE_TIMEOUT", 0.0)
+    with ThreadPoolExecutor(1) as pool:
+        held.append(pool.submit(lock("gpu", slots=2, backend=other).acquire).result())
+    with pytest.raises(LockAcquireTimeout):
+        lock("gpu", slots=2, timeout=0.02, backend=backend).acquire()
+    for one in held:
+        one.release()
+    lock("gpu", slots=2, timeout=0, backend=backend).acquire().release()
+    other.close()
 
 
 def test_the_end_that_an_answer_reads_is_told(backend: PostgresBackend, store: LockStore) -> None:

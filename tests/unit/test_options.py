@@ -30,6 +30,8 @@ def test_durations_are_seconds_none_or_zero(timeout: Any) -> None:
         ({"slots": 0}, "slots=0 is not a whole number >= 1"),
         ({"slots": True}, "slots=True"),
         ({"slots": 1.5}, "slots=1.5"),
+        ({"slots": 1001}, "slots=1001 is more than 1000"),
+        ({"slots": 2, "shared": True}, "shared=True with slots=2"),
         ({"max_waiters": -1}, "max_waiters=-1"),
         ({"using": ""}, "using=''"),
         ({"using": 7}, "using=7"),
