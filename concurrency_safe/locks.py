@@ -33,11 +33,7 @@ from concurrency_safe.core.options import UNSET, LockOptions, Unset
 from concurrency_safe.core.sessions import Request
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.ownership import Claim, Footing, Owner, running
-from concurrency_safe.postgres.alias import (
-    in_transaction,
-    others_in_transaction,
-    require_postgresql,
-)
+from concurrency_safe.postgres.alias import others_in_transaction, require_postgresql, transaction_of
 from concurrency_safe.postgres.backend import refuse_long_queue
 from concurrency_safe.postgres.inspect import describe_work
 from concurrency_safe.postgres.loop import adrive, finish, running_loop
@@ -157,6 +153,7 @@ class Lock:
     ) -> None:
         """Release the lock; in transaction scope it stays until the commit or rollback."""
         if self._held is not None and self._held._is_entered:
+            self._held._refuse_before_commit()
             self._held._release(error)
 
     def acquire(self) -> HeldLock:
@@ -281,7 +278,10 @@ class HeldLock:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the lock went away while it was held: its session was cut. Costs no query."""
+        """Whether the lock went away while it was held: its session was cut.
+
+        Costs no query, except in a transaction without autocommit, or with a savepoint that was rolled back.
+        """
         if not self._lost and self.is_active and self._is_cut():
             self._tell_lost()
         return self._lost
@@ -333,9 +333,25 @@ class HeldLock:
     def _require_entered(self, *, is_async: bool) -> None:
         if not self._is_entered:
             raise LockNotHeld(f"lock {self._text!r} was released already, or by another process", self._text)
+        self._refuse_before_commit()
         if is_async != (self._footing.home is not None):
             theirs, ours = ("held.release()", "aacquire") if is_async else ("await held.arelease()", "acquire")
             raise ConfigurationError(f"lock {self._text!r} was not acquired by {ours}(): release it by `{theirs}`")
+
+    def _refuse_before_commit(self) -> None:
+        """Keep what a transaction that goes on has entered again: its lock lasts until the commit.
+
+        Raises: LockInTransaction.
+        """
+        for claim in self._footing.claims:
+            if claim.until is None or self._footing.inside is not None or not claim.until():
+                continue
+            if all(other.inside is not None for other in claim.stands if other is not self._footing):
+                raise LockInTransaction(
+                    f"lock {claim.key.text!r} was entered again inside a transaction, which goes on; release it after "
+                    "the commit or rollback",
+                    claim.key.text,
+                )
 
     # The way in. `Lock` calls `_abandon` after anything but success.
 
@@ -360,7 +376,8 @@ class HeldLock:
                 raise ConfigurationError(
                     f"lock {self._text!r}: scope='transaction' needs a Django connection, and Django is not configured"
                 )
-            if connection is not None and _is_transactional(options, connection, self._text):
+            inside = self._footing.inside = None if connection is None else transaction_of(connection)
+            if connection is not None and _is_transactional(options, connection, self._text, inside=inside is not None):
                 yield from self._acquire_in_transaction(connection, request)
             else:
                 self._space = yield from space_for(connection, settings)
@@ -419,10 +436,13 @@ class HeldLock:
             yield from require_one_space(connection, settings.dsn)
         space = self._space = yield from space_for(connection, settings)
         owner = _current_owner()
-        outer = tuple(key for key in request.keys if space.claims.find(key, owner) is not None)
+        outer = tuple(key for key in request.keys if self._is_held_around(space, key, owner))
         if outer:
             # A block around the transaction holds it, on a session: that session would not let our transaction in.
             yield from self._acquire_in_session(space, replace(request, keys=outer))
+            inside = self._footing.inside
+            for claim in self._footing.claims:
+                claim.until = lambda: transaction_of(connection) is inside
         ours = tuple(key for key in request.keys if key not in outer)
         if not ours:
             return
@@ -432,6 +452,22 @@ class HeldLock:
             raise self._conflict(request, ", ".join(map(str, attempt.holders())) or None)
         self._footing.token = attempt.token
         self._transaction = attempt
+
+    def _is_held_around(self, space: LockSpace, key: LockKey, owner: Owner) -> bool:
+        """Say whether this flow holds `key` already, by a block that the transaction is inside of.
+
+        Raises: LockInTransaction: by one that is inside the transaction, and ends before it.
+        """
+        claim = space.claims.find(key, owner)
+        if claim is None:
+            return False
+        if all(footing.inside is self._footing.inside for footing in claim.stands):
+            raise LockInTransaction(
+                f"lock {key.text!r} is held by scope='detached' inside this transaction, and would be released before "
+                "its commit; take it without `scope` from the start, or before atomic()",
+                key.text,
+            )
+        return True
 
     def _conflict(self, request: Request, holder: str | None) -> LockAcquireTimeout:
         waited = time.monotonic() - self._since
@@ -446,7 +482,12 @@ class HeldLock:
                 stack = stack[1]  # it was released in another context
             _stack.set((self._net, stack))
         if keep:
+            if self._transaction is not None:  # nobody releases what ends with its transaction
+                _kept.difference_update([one for one in tuple(_kept) if one._ended_before(self._transaction)])
             _kept.add(self)
+
+    def _ended_before(self, later: TransactionLock) -> bool:
+        return self._transaction is not None and self._transaction.ended_before(later)
 
     # The ways out.
 
@@ -479,7 +520,7 @@ class HeldLock:
     def _give_up(self) -> Steps[bool]:
         """Release what the acquisition stands on; False when it was gone already."""
         footing = self._footing
-        released = self._transaction is None or self._transaction.is_over() or not self._transaction.is_cut()
+        released = self._transaction is None or not self._transaction.is_cut() or self._transaction.is_over()
         if footing.ownership is not None:
             last = footing.ownership.leaving(footing)
             held = [claim for claim in last if claim.held]
@@ -665,13 +706,12 @@ def _by_number(key: LockKey) -> int:
     return key.number
 
 
-def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, text: str) -> bool:
+def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, text: str, *, inside: bool) -> bool:
     """Decide whether the lock is held by the transaction of `connection`.
 
     Raises: LockInTransaction, ConfigurationError.
     """
     scope = options.scope
-    inside = in_transaction(connection)
     if scope == "transaction" and not inside:
         raise LockInTransaction(
             f"lock {text!r}: scope='transaction' needs an open transaction on {connection.alias!r}; "

@@ -39,7 +39,20 @@ SLOTS_KNOWN = 1000
 class Claim:
     """One owner's hold on one key, or its place in the queue for it."""
 
-    __slots__ = ("held", "key", "number", "owner", "session", "shared", "since", "slots", "stands", "token", "work")
+    __slots__ = (
+        "held",
+        "key",
+        "number",
+        "owner",
+        "session",
+        "shared",
+        "since",
+        "slots",
+        "stands",
+        "token",
+        "until",
+        "work",
+    )
 
     def __init__(self, key: LockKey, request: Request, owner: Owner, footing: Footing) -> None:
         """Claim `key` for `owner`; nothing is owned yet."""
@@ -50,6 +63,8 @@ class Claim:
         self.work = footing.work
         #: The acquisitions that stand on this claim: one, and those by which its owner entered again.
         self.stands = {footing}
+        #: Says whether a transaction goes on whose lock this is, too; None: there is none.
+        self.until: Callable[[], bool] | None = None
         #: Whether the store has granted it.
         self.held = False
         #: The session that holds the lock in the store, or is about to.
@@ -78,6 +93,7 @@ class Footing:
         "claims",
         "fresh",
         "home",
+        "inside",
         "lock",
         "owner",
         "ownership",
@@ -95,6 +111,8 @@ class Footing:
         self._gate: ThreadGate | LoopGate | None = None
         #: The lock whose footing this is, weakly: it must not keep a forgotten one alive.
         self.lock: Callable[[], Any] | None = None
+        #: What stands for the transaction inside which it was acquired, or None.
+        self.inside: object | None = None
         #: Whose acquisition it is; None: not begun, or over.
         self.owner: Owner | None = None
         self.ownership: Ownership | None = None

@@ -42,16 +42,13 @@ def transaction_of(connection: BaseDatabaseWrapper) -> object | None:
     The blocks that Django's TestCase wraps around a test don't count, as they don't for `atomic(durable=True)`: the
     code under test behaves as it does in production. Without autocommit and outside any block, it is the connection.
     """
-    if connection.connection is None:
-        return None
     if connection.in_atomic_block:
+        if connection.connection is None:  # it was closed in there
+            return None
         return next((block for block in connection.atomic_blocks if not getattr(block, "_from_testcase", False)), None)
-    return None if connection.autocommit else connection
-
-
-def in_transaction(connection: BaseDatabaseWrapper) -> bool:
-    """Say whether what `connection` writes now becomes visible only at a later commit."""
-    return transaction_of(connection) is not None
+    # An alias without autocommit has a transaction as soon as it is connected.
+    autocommit = connection.settings_dict["AUTOCOMMIT"] if connection.connection is None else connection.autocommit
+    return None if autocommit else connection
 
 
 def others_in_transaction(alias: str) -> Iterator[str]:
@@ -59,7 +56,7 @@ def others_in_transaction(alias: str) -> Iterator[str]:
     from django.db import connections
 
     for connection in connections.all(initialized_only=True):
-        if connection.alias != alias and in_transaction(connection):
+        if connection.alias != alias and connection.connection is not None and transaction_of(connection) is not None:
             yield connection.alias
 
 

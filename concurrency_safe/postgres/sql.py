@@ -131,6 +131,11 @@ _HOLDERS = """SELECT l.pid, coalesce(a.application_name, ''), coalesce(host(a.cl
 HOLDERS = Statement(b"cs_holders", _HOLDERS.replace("NUMBERS", "$1").replace("GRANTED", "granted").encode())
 HOLDERS_IN_TRANSACTION = _HOLDERS.replace("NUMBERS", "%(numbers)s").replace("GRANTED", "granted")
 
+#: How many of %(numbers)s this very session holds.
+HELD_IN_TRANSACTION = """SELECT count(DISTINCT (classid::int8 << 32) | objid::int8) FROM pg_locks
+ WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND pid = pg_backend_pid()
+   AND ((classid::int8 << 32) | objid::int8) = ANY(%(numbers)s)"""
+
 #: The same rows for those who wait.
 WAITERS = Statement(b"cs_waiters", HOLDERS.text.replace(b"l.granted", b"NOT l.granted"))
 WAITERS_IN_TRANSACTION = HOLDERS_IN_TRANSACTION.replace("l.granted", "NOT l.granted")

@@ -40,17 +40,47 @@ class TransactionLock:
 
     def __init__(self, connection: BaseDatabaseWrapper, request: Request, options: StoreOptions) -> None:
         """Prepare to take what `request` says; nothing is asked yet."""
+        connection.ensure_connection()
         self._connection = connection
         self._request = request
         self._options = options
         self._driver = connection.connection
         self._transaction = transaction_of(connection)
+        self._hooks = connection.run_on_commit
         #: The fencing token; None: not enabled.
         self.token: int | None = None
 
     def is_over(self) -> bool:
-        """Say whether the transaction that held the lock has ended."""
-        return transaction_of(self._connection) is not self._transaction
+        """Say whether what held the lock has ended: its transaction, or the savepoint in which it was taken.
+
+        Django tells of neither, and `@atomic` uses one block for all calls. But it makes a new list of commit hooks at
+        every commit and rollback, to a savepoint, too; only then, and without autocommit, the server is asked.
+        """
+        connection = self._connection
+        if transaction_of(connection) is not self._transaction:
+            return True
+        is_known = connection.run_on_commit is self._hooks and self._transaction is not connection
+        if is_known or connection.connection is not self._driver:
+            return False
+        if self._driver.info.transaction_status == pq.TransactionStatus.IDLE or not self._is_held():
+            return True
+        self._hooks = connection.run_on_commit
+        return False
+
+    def ended_before(self, other: TransactionLock) -> bool:
+        """Say whether `other` was taken later on the same connection, and this one may have ended before; no query."""
+        return self._connection is other._connection and (
+            self._transaction is not other._transaction or self._hooks is not other._hooks
+        )
+
+    def _is_held(self) -> bool:
+        from django.db import Error
+
+        numbers = [key.number for key in self._request.keys]
+        try:
+            return bool(self._row(sql.HELD_IN_TRANSACTION, {"numbers": numbers})[0] == len(numbers))
+        except Error:
+            return True  # a broken transaction; nothing can be written until its rollback
 
     def is_cut(self) -> bool:
         """Say whether the connection was closed or replaced, by either end, before the transaction ended."""
@@ -179,7 +209,7 @@ class TransactionLock:
         with self._connection.cursor() as cursor:
             cursor.execute(statement)
 
-    def _row(self, statement: str, params: Sequence[object] = ()) -> Sequence[Any]:
+    def _row(self, statement: str, params: Sequence[object] | dict[str, object] = ()) -> Sequence[Any]:
         with self._connection.cursor() as cursor:
             cursor.execute(statement, params)
             row: Sequence[Any] = cursor.fetchone()

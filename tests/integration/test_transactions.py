@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from django.db import DatabaseError, connection, connections, transaction
@@ -21,6 +23,7 @@ from concurrency_safe import (
     assert_locked,
     concurrency_safe,
     lock,
+    locks,
 )
 from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 
@@ -198,6 +201,129 @@ def test_a_manual_transaction_counts_as_one(rival: Rival) -> None:
     finally:
         transaction.rollback()
         transaction.set_autocommit(True)
+
+
+def test_an_alias_without_autocommit_is_in_a_transaction_before_it_is_connected(rival: Rival) -> None:
+    connection.close()
+    connection.settings_dict["AUTOCOMMIT"] = False
+    try:
+        with lock("one"):
+            pass
+        assert not rival.try_hold("one")
+        with pytest.raises(LockInTransaction, match="'default'"), lock("two", using="other"):
+            pytest.fail("it would be released before the other's commit")
+        connection.rollback()
+        connection.close()
+        with lock("two", using="other"):  # what was never connected has written nothing
+            pass
+    finally:
+        connection.settings_dict["AUTOCOMMIT"] = True
+        connection.close()
+
+
+def test_a_commit_by_hand_ends_a_lock(rival: Rival) -> None:
+    transaction.set_autocommit(False)
+    try:
+        with lock("one") as held:
+            held.check()
+            transaction.commit()
+            assert not held.is_active
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")  # the next transaction
+            with pytest.raises(LockNotHeld):
+                assert_locked("one")
+            assert rival.is_free("one")
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+
+
+def test_a_rollback_to_a_savepoint_ends_the_locks_that_came_later(rival: Rival) -> None:
+    with transaction.atomic():
+        with lock("kept"):
+            before = transaction.savepoint()
+            with lock("one") as held:
+                held.check()
+                transaction.savepoint_rollback(before)
+                assert not held.is_active
+                assert rival.is_free("one")
+                with pytest.raises(LockNotHeld):
+                    assert_locked("one")
+                for _ in range(2):
+                    assert_locked("kept")
+        assert not rival.try_hold("kept")
+
+
+def test_in_a_broken_transaction_a_lock_counts_as_held() -> None:
+    """Until its rollback, which is all that can be done there."""
+    with transaction.atomic():
+        held = lock("one").acquire()
+        transaction.savepoint_rollback(transaction.savepoint())  # so that the server has to be asked
+        with pytest.raises(DatabaseError), connection.cursor() as cursor:
+            cursor.execute("SELECT 1 / 0")
+        assert held.is_active
+        transaction.set_rollback(True)
+    assert not held.is_active
+
+
+def test_calls_of_an_atomic_function_are_different_transactions() -> None:
+    """Django enters one and the same block each time."""
+
+    @transaction.atomic
+    def call(number: int) -> None:
+        if number == 0:
+            lock("one").acquire()
+            assert_locked("one")
+        else:
+            with pytest.raises(LockNotHeld):
+                assert_locked("one")
+            lock("another").acquire()
+
+    before = len(locks._kept)
+    for number in range(4):
+        call(number)
+    assert len(locks._kept) <= before + 1
+
+
+def test_a_lock_that_ends_before_the_commit_does_not_serve_as_the_transactions() -> None:
+    with transaction.atomic(), lock("one", scope="detached") as held:
+        with pytest.raises(LockInTransaction, match="would be released before its commit"), lock("one"):
+            pytest.fail("its updates could be lost")
+        held.check()
+
+
+def test_what_a_transaction_has_entered_again_is_not_released_before_the_commit(rival: Rival) -> None:
+    outer, second = lock("one").acquire(), lock("one").acquire()
+    with transaction.atomic():
+        with lock("one"):
+            second.release()  # the outer one keeps it
+        with pytest.raises(LockInTransaction, match="release it after the commit"):
+            outer.release()
+        assert not rival.try_hold("one")
+    outer.release()
+    assert rival.is_free("one")
+
+
+def test_an_exit_before_the_commit_keeps_what_the_transaction_has_entered_again(rival: Rival) -> None:
+    around = ExitStack()
+    around.enter_context(lock("one"))
+    with transaction.atomic():
+        with lock("one"):
+            pass
+        with pytest.raises(LockInTransaction, match="release it after the commit"):
+            around.close()
+        assert not rival.try_hold("one")
+    wait_for(lambda: gc.collect() and rival.is_free("one"))  # nobody has it any more
+
+
+def test_slots_of_this_process_and_a_transaction_do_not_mix() -> None:
+    with (
+        lock("gpu", slots=2),
+        transaction.atomic(),
+        pytest.raises(ConfigurationError, match=r"slots=1, but this process uses it with slots=2"),
+        lock("gpu"),
+    ):
+        pytest.fail("beside the holder of a slot")
 
 
 def test_an_outer_session_lock_is_entered_again_inside_atomic(rival: Rival) -> None:
