@@ -53,7 +53,7 @@ class SessionPool:
         Raises: ServerGoneError: no turn came. LockUnavailable, ConfigurationError: no session could be opened.
         """
         if self._pid != os.getpid():
-            self._reset()  # the sockets are closed already (session._drop_in_child)
+            self._reset()  # the sockets are closed already (protocol._drop_in_child)
         until = time.monotonic() + STALL
         try:
             while True:

@@ -8,7 +8,10 @@ Source: https://www.postgresql.org/docs/current/libpq-async.html
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+import weakref
 from collections.abc import Sequence
 
 from psycopg import OperationalError, pq
@@ -41,6 +44,37 @@ class ServerRefusedError(Exception):
         self.sqlstate = sqlstate
 
 
+#: Every connection of this process, from its start. No WeakSet: its callbacks would swallow what a signal handler
+#: raises in them.
+_started: dict[int, weakref.ref[PGconn]] = {}
+
+
+def _start(conninfo: bytes) -> PGconn:
+    for number, reference in tuple(_started.items()):
+        if reference() is None:
+            _started.pop(number, None)
+    pgconn = pq.PGconn.connect_start(conninfo)
+    _started[id(pgconn)] = weakref.ref(pgconn)
+    return pgconn
+
+
+def _drop_in_child() -> None:
+    """Close the parent's sockets in a forked child, without a word to the server.
+
+    A polite farewell would end the parent's session; an open copy would keep its locks alive after its death.
+    """
+    for reference in _started.values():
+        pgconn = reference()
+        if pgconn is not None:
+            with contextlib.suppress(OSError, OperationalError):  # it is finished
+                os.close(pgconn.socket)
+    _started.clear()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
+    os.register_at_fork(after_in_child=_drop_in_child)
+
+
 def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
     """Open a connection by the monotonic time `until`.
 
@@ -49,7 +83,7 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
     started: list[PGconn] = []
     try:
         # Looking up a host name blocks in C.
-        yield CallWait(lambda: started.append(pq.PGconn.connect_start(conninfo)))
+        yield CallWait(lambda: started.append(_start(conninfo)))
         (pgconn,) = started
         while True:
             status = pgconn.connect_poll() if pgconn.status != pq.ConnStatus.BAD else pq.PollingStatus.FAILED

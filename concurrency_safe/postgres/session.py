@@ -7,9 +7,8 @@ return to a pool) can lose or leak a lock.
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,9 +55,6 @@ LIBPQ_WITH_CANCEL = 170000
 
 #: How often a pooler is asked whose server process is whose.
 POOLER_ROUNDS = 3
-
-#: Every session of this process. No WeakSet: its callbacks would swallow what a signal handler raises in them.
-_sessions: dict[int, weakref.ref[LockSession]] = {}
 
 
 class Grant(NamedTuple):
@@ -117,7 +113,6 @@ class LockSession:
         self.debts: set[tuple[int, bool]] = set()
         #: Whether it was seen to be cut.
         self.dead = False
-        _sessions[id(self)] = weakref.ref(self)
 
     def try_acquire(
         self, request: Request, numbers: Sequence[int], name: str, kind: sql.Kind, *, fenced: bool
@@ -261,7 +256,6 @@ class LockSession:
         """Close the socket, without waiting for anything."""
         self.dead = True
         self.pgconn.finish()
-        _sessions.pop(id(self), None)
 
 
 def token_of(result: PGresult, column: int) -> int:
@@ -285,8 +279,15 @@ def complete_conninfo(dsn: str) -> str:
     """
     try:
         given = conninfo.conninfo_to_dict(dsn)
-    except ProgrammingError as error:
-        raise ConfigurationError(f"the DSN of the lock store can't be read: {str(error).strip()}") from None
+    except ProgrammingError:  # whose words repeat a part of it
+        given = {"port": "?"}
+    if not re.fullmatch("[0-9,]*", str(given.get("port") or "")):  # or a part of a password with a / in it
+        scheme, is_url, _ = dsn.partition("://")
+        wrong = is_url and re.fullmatch("(?!postgres(ql)?$)[a-z+0-9]+", scheme)
+        raise ConfigurationError(
+            f"the DSN of the lock store can't be read: {f'{scheme}:// is none of ours; ' if wrong else ''}write "
+            "postgresql://user:password@host:5432/database, with special characters as %XX, or host=... dbname=..."
+        )
     defaults = CONNECTION_DEFAULTS
     return conninfo.make_conninfo(dsn, **{key: value for key, value in defaults.items() if key not in given})
 
@@ -392,20 +393,3 @@ def _refuse_transaction_pooling(info: str, pgconn: PGconn, pid: int) -> Steps[No
             "shared and lost there; give the library a direct connection (CONCURRENCY_SAFE = {'DSN': "
             "'postgresql://...'}), or a pool in session mode, or say CONCURRENCY_SAFE = {'POOLER': 'transaction'}"
         )
-
-
-def _drop_in_child() -> None:
-    """Close the parent's sockets in a forked child, without a word to the server.
-
-    A polite farewell would end the parent's session; an open copy would keep its locks alive after its death.
-    """
-    for reference in _sessions.values():
-        session = reference()
-        if session is not None:
-            with contextlib.suppress(OSError, OperationalError):
-                os.close(session.pgconn.socket)
-    _sessions.clear()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
-    os.register_at_fork(after_in_child=_drop_in_child)

@@ -281,10 +281,22 @@ def test_a_stopped_holder_of_the_session_does_not_block_discard(dsn: str) -> Non
 # DSN and alias.
 
 
-def test_a_dsn_that_cannot_be_read_is_refused_without_its_password() -> None:
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://me:secret@host:port:5432/%zz",
+        "postgis://me:secret@host/x",
+        "postgresql+psycopg://me:secret@host/x",
+        "postgresql://me:secret/@host/x",
+        "host=h password='secret",
+        "host=h password=secret secret",
+    ],
+)
+def test_a_dsn_that_cannot_be_read_is_refused_without_its_password(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="can't be read") as caught:
-        complete_conninfo("postgresql://me:secret@host:port:5432/%zz")
+        complete_conninfo(dsn)
     assert "secret" not in str(caught.value)
+    assert ("is none of ours" in str(caught.value)) == dsn.startswith(("postgis", "postgresql+"))
 
 
 def test_a_dsn_to_another_database_is_refused(dsn: str) -> None:

@@ -12,8 +12,9 @@ import pytest
 from django.db import connection, transaction
 
 from concurrency_safe import LockAcquireTimeout, LockLost, LockUnavailable, configure, lock
+from concurrency_safe.core.steps import CallWait, SocketWait
 from concurrency_safe.postgres import protocol
-from concurrency_safe.postgres.session import _sessions, cancel_steps, complete_conninfo, open_session
+from concurrency_safe.postgres.session import cancel_steps, complete_conninfo, open_session
 from concurrency_safe.postgres.waiting import drive
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
 from tests.servers.wire import Fault, Wire, cut, nonsense, replaced, silence
@@ -228,13 +229,35 @@ def test_a_transaction_whose_wait_an_operator_ends_is_unavailable(action: str, s
 # A forked child.
 
 
-def test_a_session_that_was_collected_is_nothing_to_a_child(dsn: str) -> None:
-    session = drive(open_session(complete_conninfo(dsn)))
-    number = id(session)
-    del session
-    assert _sessions[number]() is None
+def test_a_connection_that_was_collected_is_nothing_to_a_child(dsn: str) -> None:
+    pgconn = drive(protocol.connect(dsn.encode(), time.monotonic() + LIMIT))
+    number = id(pgconn)
+    pgconn.finish()
+    del pgconn
+    assert protocol._started[number]() is None
     child = os.fork()
     if not child:
-        os._exit(0 if not _sessions else 1)
+        os._exit(0 if not protocol._started else 1)
     assert os.waitpid(child, 0)[1] == 0
-    del _sessions[number]
+    other = drive(protocol.connect(dsn.encode(), time.monotonic() + LIMIT))
+    assert number not in protocol._started or protocol._started[number]() is other
+    other.finish()
+
+
+def test_a_connection_that_is_being_opened_is_closed_in_a_child(dsn: str) -> None:
+    """Another thread's: it may hold a lock soon, and the child would keep it past its parent's death."""
+    steps = open_session(complete_conninfo(dsn))
+    start = next(steps)
+    assert isinstance(start, CallWait)
+    start.call()
+    connecting = steps.send(True)  # noqa: FBT003 - it was called
+    assert isinstance(connecting, SocketWait)
+    child = os.fork()
+    if not child:
+        try:
+            os.fstat(connecting.fd)
+        except OSError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    steps.close()
