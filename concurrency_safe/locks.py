@@ -388,9 +388,9 @@ class HeldLock:
     def _acquire_in_session(self, space: LockSpace, request: Request) -> Steps[None]:
         footing = self._footing
         footing.backend = space.backend
-        if request.max_waiters is not None:
-            self._refuse_long_queue(space, request)
         owner = footing.owner = _current_owner()
+        if request.max_waiters is not None:
+            self._refuse_long_queue(space, request, owner)
         blocker = yield from space.claims.enter(footing, request, owner)
         if blocker is not None:
             raise self._conflict(request, _describe(blocker))
@@ -412,11 +412,11 @@ class HeldLock:
             claim.token = grant.token
         return grant.token
 
-    def _refuse_long_queue(self, space: LockSpace, request: Request) -> None:
+    def _refuse_long_queue(self, space: LockSpace, request: Request, owner: Owner) -> None:
         """Refuse by the queue inside this process; the backend looks at the one in the store."""
         for key in request.keys:
-            waiting = space.claims.waiting(key)
-            if waiting:
+            waiting = space.claims.ahead(key, request)
+            if waiting is not None and space.claims.find(key, owner) is None:
                 refuse_long_queue(request, waiting, None)
 
     def _acquire_in_transaction(self, connection: BaseDatabaseWrapper, request: Request) -> Steps[None]:

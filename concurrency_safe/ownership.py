@@ -12,6 +12,7 @@ done is written down before it takes effect, and undoing it twice is the same as
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 import threading
@@ -75,6 +76,11 @@ class Claim:
         self.token: int | None = None
         #: The monotonic time of the grant; before it, of the claim.
         self.since = time.monotonic()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits in the server."""
+        return not self.held and any(getattr(footing.session, "blocked", False) for footing in self.stands)
 
     def lose(self) -> None:
         """Tell every lock that stands on it that the session was cut."""
@@ -149,13 +155,21 @@ class _Entry:
         #: Who waits for its turn to ask, the first first.
         self.queue: dict[Claim, Footing] = {}
 
-    def admits(self, claim: Claim) -> bool:
+    def admits(self, claim: Claim | Request) -> bool:
         """Say whether `claim` may ask the server: nobody asks, and no holder of this process is in its way."""
         if self.asker is not None:
             return False
         if claim.slots > 1:
             return len(self.holders) < claim.slots
         return not self.holders or (claim.shared and all(other.shared for other in self.holders.values()))
+
+    def admits_soon(self, claim: Claim) -> bool:
+        """Say whether all that is in the way of `claim` is another of its kind, to whom the server answers at once."""
+        before = itertools.takewhile(lambda other: other is not claim, self.queue)
+        return self.asker is not None and all(
+            not (other.held or other.waits) and ((claim.shared and other.shared) or claim.slots > 1)
+            for other in (self.asker, *before)
+        )
 
 
 class Ownership:
@@ -237,10 +251,13 @@ class Ownership:
             self._advance(entry)
         while entry.asker is not mine:
             now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                return entry.asker or next(iter(entry.holders.values()), mine)
+            late = deadline is not None and now >= deadline
+            if late:
+                with self._mutex:
+                    if not entry.admits_soon(mine):
+                        return entry.asker or next(iter(entry.holders.values()), mine)
             again = now + LOOK_AGAIN
-            yield GateWait(footing.gate, again if deadline is None else min(again, deadline))
+            yield GateWait(footing.gate, again if deadline is None or late else min(again, deadline))
         return None
 
     def confirm(self, footing: Footing) -> None:
@@ -285,6 +302,14 @@ class Ownership:
         """Count the owners of this process that queue for `key` here."""
         entry = self._entries.get(key.number)
         return len(entry.queue) if entry is not None else 0
+
+    def ahead(self, key: LockKey, request: Request) -> int | None:
+        """Count the owners of this process that wait for `key`, here or in the server; None: nobody is in the way."""
+        with self._mutex:
+            entry = self._entries.get(key.number)
+            if entry is None or entry.admits(request):
+                return None
+            return len(entry.queue) + (entry.asker is not None and entry.asker.waits)
 
     @staticmethod
     def _advance(entry: _Entry) -> None:
