@@ -7,6 +7,7 @@ return to a pool) can lose or leak a lock.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -316,14 +317,36 @@ def open_session(info: str) -> Steps[LockSession]:
 
 
 def connect(info: str) -> Steps[PGconn]:
-    """Open a connection.
+    """Open a connection to the first of the hosts that takes it; each has the time of `connect_timeout`.
 
     Raises: LockUnavailable.
     """
-    try:
-        return (yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info)))
-    except protocol.ServerGoneError as error:
-        raise LockUnavailable(f"the lock store can't be reached: {str(error).strip()}") from error
+    errors = []
+    for attempt in _attempts(info):
+        try:
+            return (yield from protocol.connect(attempt.encode(), time.monotonic() + _connect_timeout(info)))
+        except protocol.ServerGoneError as error:
+            errors.append(str(error).strip())
+    raise LockUnavailable(f"the lock store can't be reached: {'; '.join(errors)}")
+
+
+def _attempts(info: str) -> list[str]:
+    """Give a DSN for each of the hosts of `info`: an asynchronous libpq does not leave a silent one.
+
+    What doesn't fit together is left to libpq, which says so.
+    """
+    given = conninfo.conninfo_to_dict(info)
+    lists = {name: str(given.get(name) or "").split(",") for name in ("host", "hostaddr", "port")}
+    count = max(len(lists["host"]), len(lists["hostaddr"]))
+    if any(len(values) not in (1, count) for values in lists.values()):
+        return [info]
+    hosts = [
+        {name: values[number % len(values)] for name, values in lists.items() if name in given}
+        for number in range(count)
+    ]
+    if given.get("load_balance_hosts") == "random":
+        random.shuffle(hosts)
+    return [conninfo.make_conninfo(info, **host) for host in hosts]
 
 
 def _connect_timeout(info: str) -> float:
@@ -378,7 +401,7 @@ def _refuse_transaction_pooling(info: str, pgconn: PGconn, pid: int) -> Steps[No
     server process to the next one: so it gets another one itself, or a second client gets the same one, whichever of
     its idle ones the pooler takes (the last used, or the longest idle). Asked several times, since others use the pool.
     """
-    other = yield from protocol.connect(info.encode(), time.monotonic() + _connect_timeout(info))
+    other = yield from connect(info)
     ours, theirs = {pid}, set[int]()
     try:
         for _ in range(POOLER_ROUNDS):

@@ -281,6 +281,21 @@ def test_a_stopped_holder_of_the_session_does_not_block_discard(dsn: str) -> Non
 # DSN and alias.
 
 
+@pytest.mark.parametrize("choice", ["disable", "random"])
+def test_a_host_that_is_silent_is_left_for_the_next(dsn: str, choice: str) -> None:
+    port = conninfo.conninfo_to_dict(dsn)["port"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hosts = {"host": "127.0.0.1,127.0.0.1", "port": f"{silent.getsockname()[1]},{port}"}
+        info = complete_conninfo(conninfo.make_conninfo(dsn, **hosts, connect_timeout=1, load_balance_hosts=choice))
+        assert drive(open_session(info)).pid
+
+
+def test_hosts_and_ports_that_do_not_fit_are_refused_by_name(dsn: str) -> None:
+    info = complete_conninfo(conninfo.make_conninfo(dsn, host="127.0.0.1,127.0.0.1,127.0.0.1", port="1,2"))
+    with pytest.raises(LockUnavailable, match="2 port numbers to 3 hosts"):
+        drive(open_session(info))
+
+
 @pytest.mark.parametrize(
     "dsn",
     [
