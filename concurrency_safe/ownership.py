@@ -78,6 +78,11 @@ class Claim:
         self.since = time.monotonic()
 
     @property
+    def is_orphan(self) -> bool:
+        """Whether it belongs to a task of an event loop that was closed: the task never goes on."""
+        return all(footing.home is not None and footing.home.is_closed() for footing in self.stands)
+
+    @property
     def waits(self) -> bool:
         """Whether it waits in the server."""
         return not self.held and any(getattr(footing.session, "blocked", False) for footing in self.stands)
@@ -313,7 +318,12 @@ class Ownership:
 
     @staticmethod
     def _advance(entry: _Entry) -> None:
-        for heir, footing in entry.queue.items():
+        if entry.asker is not None and not entry.asker.held and entry.asker.is_orphan:
+            entry.asker = None
+        for heir, footing in tuple(entry.queue.items()):
+            if heir.is_orphan:
+                del entry.queue[heir]
+                continue
             if entry.admits(heir):
                 entry.asker = heir
                 del entry.queue[heir]

@@ -213,6 +213,29 @@ def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other(outer: 
     assert asyncio.run(main()).count(True) == 1
 
 
+def test_a_task_of_a_closed_loop_is_in_nobodys_way() -> None:
+    """Its loop was closed without cancelling it, so it never leaves the queue by itself."""
+    tasks: list[asyncio.Task[object]] = []
+
+    async def queue() -> None:
+        tasks.extend(asyncio.create_task(lock("one", timeout=None).aacquire()) for _ in range(2))
+        await asyncio.sleep(0)
+
+    held = lock("one").acquire()
+    for closed_by in ("the queue", "the asker"):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(queue())
+        if closed_by == "the asker":
+            held.release()
+        loop.close()
+        if closed_by == "the queue":
+            held.release()
+            held = lock("one", timeout=1).acquire()
+    lock("one", timeout=1).acquire().release()
+    for task in tasks:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own warning
+
+
 def test_a_lock_is_released_in_the_way_that_it_was_acquired() -> None:
     async def main() -> None:
         ours, theirs = await lock("one").aacquire(), lock("two").acquire()
