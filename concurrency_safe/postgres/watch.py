@@ -103,7 +103,9 @@ class _Watcher:
                     del self.sessions[fd]
                 continue
             self.answer(session, pool)
-            if session.held and session.used_at < due:
+            if not session.held:
+                pool.prune()
+            elif session.used_at < due:
                 self.ask(session, pool)
 
     def inspect(self, fd: int) -> None:

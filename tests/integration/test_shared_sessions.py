@@ -326,6 +326,14 @@ def test_a_conflict_on_slots_has_the_time_of_any_statement(
     other.close()
 
 
+def test_a_process_that_is_idle_keeps_no_session_past_its_time(dsn: str, store: LockStore) -> None:
+    backend = PostgresBackend(dsn, StoreOptions(pool_idle=0.05))
+    with lock("one", backend=backend) as held:
+        session = session_of(held)
+    wait_for(lambda: session.dead)
+    wait_for(lambda: store.sessions() == 0)
+
+
 def test_the_end_that_an_answer_reads_is_told(backend: PostgresBackend, store: LockStore) -> None:
     """It came after the watcher was waked for something else, and it is read once."""
     told: list[HeldLock] = []
