@@ -54,17 +54,17 @@ def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Ste
 
     Raises: ConfigurationError: neither leads to PostgreSQL, or they lead to different databases.
     """
-    dsn = settings.dsn
+    dsn, alias = settings.dsn, None
     if dsn is None:
         if connection is None:
             raise ConfigurationError(
                 "there is no lock store: call concurrency_safe.configure(dsn='postgresql://...'), or set the "
                 "environment variable CONCURRENCY_SAFE_DSN or DATABASE_URL, or configure Django"
             )
-        dsn = _dsn_of(connection)
+        dsn, alias = _dsn_of(connection), connection.alias
     elif connection is not None and connection.vendor == "postgresql":
         yield from require_one_space(connection, dsn)
-    return _space(dsn, settings)
+    return _space(dsn, settings, alias)
 
 
 def space_of(backend: object, settings: Settings) -> LockSpace:
@@ -113,23 +113,24 @@ def _dsn_of(connection: BaseDatabaseWrapper) -> str:
     return dsn
 
 
-def _space(dsn: str, settings: Settings) -> LockSpace:
+def _space(dsn: str, settings: Settings, alias: str | None) -> LockSpace:
     global _last  # noqa: PLW0603 - a whole tuple each time, so that no thread sees half of it
     last_dsn, last_settings, space = _last
     if settings is not last_settings or dsn != last_dsn or space is None:
-        space = _space_named(dsn, settings)
+        space = _space_named(dsn, settings, alias)
         _last = (dsn, settings, space)
     return space
 
 
-def _space_named(dsn: str, settings: Settings) -> LockSpace:
+def _space_named(dsn: str, settings: Settings, alias: str | None) -> LockSpace:
     name = (dsn, *(getattr(settings, each) for each in _OF_A_SPACE))
     space = _spaces.get(name)
     if space is None:
+        # A password may be new each time (of a cloud's, or a vault's): Django asks for it at each connection.
+        now = None if alias is None else lambda: aliases.dsn_of(aliases.connection_of(alias))
+        backend = PostgresBackend(dsn, store_options(settings), now)
         # setdefault: of two threads that come here first, both must get the same claims.
-        space = _spaces.setdefault(
-            name, LockSpace(PostgresBackend(dsn, store_options(settings)), Ownership(settings.max_held))
-        )
+        space = _spaces.setdefault(name, LockSpace(backend, Ownership(settings.max_held)))
     return space
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from concurrency_safe.core.errors import (
     ConcurrencySafeError,
@@ -16,7 +16,7 @@ from concurrency_safe.core.errors import (
 )
 from concurrency_safe.core.keys import slot_numbers
 from concurrency_safe.core.sessions import Borrower, Hold, Request, StoreOptions
-from concurrency_safe.core.steps import Steps
+from concurrency_safe.core.steps import CallWait, Steps
 
 from . import protocol, sql
 from .inspect import holders_of, session_name
@@ -33,16 +33,21 @@ FIRST_LOOK, LAST_LOOK = 0.01, 0.1
 class PostgresBackend:
     """Locks of one database, for one process."""
 
-    def __init__(self, dsn: str, options: StoreOptions) -> None:
-        """Take the DSN of the store; nothing connects yet."""
+    def __init__(self, dsn: str, options: StoreOptions, now: Callable[[], str] | None = None) -> None:
+        """Take the DSN of the store; nothing connects yet. `now` gives the one for a new session; None: it stays."""
         self._conninfo = complete_conninfo(dsn)
+        self._now = now
         self._options = options
         self.pool = SessionPool(self._open, options.pool_size, options.pool_idle)
 
     def _open(self) -> Steps[LockSession]:
-        session: LockSession = yield from (open_pooled_session if self._options.pooled else open_session)(
-            self._conninfo
-        )
+        if self._now is not None:
+            dsns: list[str] = []
+            now = self._now
+            yield CallWait(lambda: dsns.append(now()))
+            self._conninfo = complete_conninfo(dsns[0])
+        opened = open_pooled_session if self._options.pooled else open_session
+        session: LockSession = yield from opened(self._conninfo)
         watch(session, self.pool)
         return session
 
@@ -61,7 +66,7 @@ class PostgresBackend:
             if grant is None and request.timeout != 0:
                 grant = yield from self._wait(borrower, request, numbers)
             if grant is not None:
-                self._confirm(borrower, holds, grant)
+                self._confirm(borrower, holds, grant, numbers)
                 yield from self.pool.free(borrower)
         except (ServerGoneError, ServerRefusedError) as error:
             raise explain(error, request, time.monotonic() - started) from error
@@ -114,7 +119,7 @@ class PostgresBackend:
             if grant is not None or (request.deadline is not None and now >= request.deadline):
                 if grant is None:
                     yield from session.release(numbers[:1], shared=False)
-                    session.debts.clear()
+                    session.debts.difference_update((number, False) for number in numbers)
                 return grant
             until = now + look if request.deadline is None else min(now + look, request.deadline)
             yield from protocol.pause(borrower.gate, until)
@@ -127,13 +132,14 @@ class PostgresBackend:
             refuse_long_queue(request, len(waiting), (yield from self.conflict(borrower, request)))
 
     @staticmethod
-    def _confirm(borrower: Borrower, holds: Sequence[Hold], grant: Grant) -> None:
+    def _confirm(borrower: Borrower, holds: Sequence[Hold], grant: Grant, asked: Sequence[int]) -> None:
         session: LockSession = borrower.session
         for hold, number in zip(holds, grant.numbers, strict=True):
             hold.number = number
             hold.session = session
             session.held[number] = hold
-        session.debts.clear()
+        # Not all of them: a lock on this session may have been left to us meanwhile.
+        session.debts.difference_update((number, holds[0].shared) for number in asked)
 
     def release(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
         """Release `holds`; False: one of them wasn't held any more, since its session was cut, or a pooler shares it.

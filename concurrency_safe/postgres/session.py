@@ -128,13 +128,14 @@ class LockSession:
         if named:
             self.name = None
             params.append(name.encode())
-        self.debts.update((number, request.shared) for number in numbers)
+        debts = [(number, request.shared) for number in numbers]
+        self.debts.update(debts)
         result = yield from protocol.execute(self.pgconn, self.prepared, statement, params)
         self.name = name
         got = result.get_value(0, 0)
         if got is None or got == b"f":
             if kind != "head":  # whose gate is held still
-                self.debts.clear()
+                self.debts.difference_update(debts)
             return None
         slot = kind in ("slot", "head")
         return Grant((int(got),) if slot else tuple(numbers), token_of(result, 1) if fenced else None)
@@ -143,7 +144,8 @@ class LockSession:
         self, request: Request, numbers: Sequence[int], name: str, max_block: float, *, fenced: bool
     ) -> Steps[Grant | None]:
         """Wait for all of `numbers`, in the server; None when the request's deadline passed. See `protocol`."""
-        self.debts.update((number, request.shared) for number in numbers)
+        debts = [(number, request.shared) for number in numbers]
+        self.debts.update(debts)
         texts = [b"%d" % number for number in numbers]
         known, self.name = self.name, None
         result = yield from protocol.wait_acquire(
@@ -158,7 +160,7 @@ class LockSession:
         )
         if result is None:  # and the name was taken back with the statement
             self.name = name if known == name else None
-            self.debts.clear()
+            self.debts.difference_update(debts)
             return None
         self.name = name
         return Grant(tuple(numbers), token_of(result, 0) if fenced else None)

@@ -8,6 +8,7 @@ import time
 from functools import partial
 
 import pytest
+from django.db import connection
 
 from concurrency_safe import (
     ConfigurationError,
@@ -24,6 +25,7 @@ from concurrency_safe import (
     current_lock,
     lock,
     locks,
+    spaces,
 )
 from concurrency_safe.memory import MemoryBackend
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
@@ -361,6 +363,28 @@ def test_a_session_that_died_while_idle_is_replaced(store: LockStore, rival: Riv
 
     with lock("one"):
         assert store.rows() == 1
+
+
+def test_each_session_is_opened_with_the_parameters_that_django_has_then(
+    store: LockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database backend of one's own may have a new password for each connection."""
+    with lock("one"):
+        pass
+    before = connection.get_connection_params()
+    store.connection.execute("CREATE ROLE rotated SUPERUSER LOGIN")
+    try:
+        spaces.close_idle_sessions()
+        with monkeypatch.context() as later:
+            later.setattr(connection, "get_connection_params", lambda: {**before, "user": "rotated"})
+            with lock("one"):
+                assert store.connection.execute(
+                    "SELECT usename FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
+                ).fetchall() == [("rotated",)]
+    finally:
+        spaces.close_idle_sessions()
+        wait_for(lambda: store.sessions() == 0)
+        store.connection.execute("DROP ROLE rotated")
 
 
 def test_a_store_that_is_away_fails_closed() -> None:

@@ -14,6 +14,7 @@ import pytest
 from concurrency_safe import HeldLock, LockAcquireTimeout, LockLost, LockUnavailable, lock
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Request, StoreOptions
+from concurrency_safe.core.steps import Steps, Wait
 from concurrency_safe.locks import _kept
 from concurrency_safe.memory import MemoryBackend
 from concurrency_safe.ownership import Claim, Footing, Owner
@@ -22,7 +23,7 @@ from concurrency_safe.postgres import session as sessions
 from concurrency_safe.postgres import watch as watchers
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.protocol import ServerGoneError
-from concurrency_safe.postgres.session import LockSession
+from concurrency_safe.postgres.session import Grant, LockSession
 from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import LockStore, Rival, wait_for
@@ -47,6 +48,17 @@ def session_of(held: HeldLock) -> LockSession:
     session = held._footing.claims[0].session
     assert isinstance(session, LockSession)
     return session
+
+
+def going_on(steps: Steps[Grant | None]) -> Steps[Grant | None]:
+    """Go on with a rule that has waited once."""
+    came = True
+    while True:
+        try:
+            want: Wait = steps.send(came)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        came = yield want
 
 
 def forget(held: list[HeldLock]) -> None:
@@ -88,6 +100,29 @@ def test_a_lock_forgotten_while_its_session_is_in_use_is_paid_for_later(backend:
     assert not rival.try_hold("one")
     drive(backend.pool.free(user))
     assert rival.is_free("one")
+    kept.release()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_lock_forgotten_while_another_is_acquired_is_paid_for(
+    backend: PostgresBackend, rival: Rival, *, taken: bool
+) -> None:
+    """Whatever that acquisition hears; what it was about is not all that its session may owe."""
+    kept, held = lock("kept", backend=backend).acquire(), [lock("one", backend=backend).acquire()]
+    if taken:
+        rival.hold("two")
+    footing = Footing(None)
+    request = Request((lock_key("two"),), timeout=0)
+    claim = Claim(request.keys[0], request, Owner(None, None), footing)
+    acquiring = backend.acquire(footing, request, [claim])
+    next(acquiring)  # sent, and waits for the answer
+    forget(held)
+    grant = drive(going_on(acquiring))
+    assert (grant is None) == taken
+    if grant is None:
+        drive(backend.conflict(footing, request))
+    assert rival.is_free("one")
+    drive(backend.undo(footing, [claim]))
     kept.release()
 
 
