@@ -89,7 +89,7 @@ def test_200_soft_limits_at_random_moments_leave_nothing(own_fleet: Workers) -> 
 def cut_session(fleet: Workers) -> None:
     """End the session of the one lock that is held, as a server or a network would."""
     ended = fleet.count(
-        "SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l JOIN pg_database d ON l.database = d.oid"
+        "SELECT count(pg_terminate_backend(l.pid, 5000)) FROM pg_locks l JOIN pg_database d ON l.database = d.oid"
         " WHERE l.locktype = 'advisory' AND l.granted AND d.datname = current_database()"
     )
     assert ended == 1

@@ -7,21 +7,20 @@ lock, in the body, and in the release.
 from __future__ import annotations
 
 import ctypes
-import queue
+import json
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 
 from concurrency_safe import lock
-from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
-from tests.integration.test_session_scope import in_thread
+from tests.integration.conftest import LIMIT, LockStore, Rival, bare_environment, wait_for
 
 ROUNDS = 500
 
@@ -108,52 +107,20 @@ def test_signal_handlers_leave_nothing_behind(raised: type[BaseException], store
     assert rival.is_free("one")
 
 
-@pytest.fixture
-def rivals(store: LockStore) -> Iterator[dict[str, Rival]]:
-    """Give a rival for each of two keys."""
-    both = {key: Rival(store.dsn) for key in ("one", "two")}
-    yield both
-    for rival in both.values():
-        rival.connection.close()
-
-
 @pytest.mark.timeout(150)
-def test_asynchronous_exceptions_leave_nothing_behind(store: LockStore, rivals: dict[str, Rival]) -> None:
-    """Two threads for each of two keys: one waits in the server, or comes from there, one in the process."""
-    stop, chance = threading.Event(), random.Random(13)
-    late: list[float] = []
-    ready: queue.SimpleQueue[None] = queue.SimpleQueue()
-    caught: queue.SimpleQueue[float] = queue.SimpleQueue()
-
-    def work(key: str) -> None:
-        sys.settrace(None)  # see unmeasured
-        while not stop.is_set():
-            try:
-                ready.put(None)
-                while not stop.is_set():
-                    with lock(key, timeout=None):
-                        pass
-            except Interrupt:
-                caught.put(time.monotonic())
-
-    granting = [grants(rival, stop, key) for key, rival in rivals.items()]
-    workers = [in_thread(partial(work, key)) for key in ("one", "one", "two", "two")]
-    try:
-        for _ in range(ROUNDS):
-            for _ in workers:
-                ready.get(timeout=LIMIT)
-            stop.wait(chance.uniform(0.0001, 0.008))
-            thrown = time.monotonic()
-            assert [throw(worker, Interrupt) for worker in workers] == [1] * 4
-            late += [caught.get(timeout=LIMIT) - thrown for _ in workers]
-    finally:
-        stop.set()
-        for thread in (*workers, *granting):
-            thread.join()
-
-    assert max(late) < SURFACES
-    wait_for(lambda: store.rows() == 0, 1.0)
-    assert all(rival.is_free(key) for key, rival in rivals.items())
+def test_asynchronous_exceptions_leave_nothing_behind(dsn: str, store: LockStore, rival: Rival) -> None:
+    command = [sys.executable, "-m", "tests.integration.interrupted", dsn]
+    environment = {**bare_environment(), "COVERAGE_PROCESS_CONFIG": ""}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout
+        late = json.loads(process.stdout.readline())
+        assert len(late) == 4 * ROUNDS
+        assert max(late) < SURFACES
+        wait_for(lambda: store.rows() == 0, 1.0)
+        assert rival.is_free("one")
+        assert rival.is_free("two")
+        process.communicate()
+    assert process.returncode == 0
 
 
 def throw(thread: threading.Thread, raised: type[BaseException]) -> int:

@@ -318,10 +318,10 @@ def test_an_exit_before_the_commit_keeps_what_the_transaction_has_entered_again(
 
 def test_slots_of_this_process_and_a_transaction_do_not_mix() -> None:
     with (
-        lock("gpu", slots=2),
+        lock("gpu of this test", slots=2),
         transaction.atomic(),
         pytest.raises(ConfigurationError, match=r"slots=1, but this process uses it with slots=2"),
-        lock("gpu"),
+        lock("gpu of this test"),
     ):
         pytest.fail("beside the holder of a slot")
 
