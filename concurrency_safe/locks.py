@@ -153,7 +153,8 @@ class Lock:
     ) -> None:
         """Release the lock; in transaction scope it stays until the commit or rollback."""
         if self._held is not None and self._held._is_entered:
-            self._held._refuse_before_commit()
+            if error is None:  # which nothing here may hide
+                self._held._refuse_before_commit()
             self._held._release(error)
 
     def acquire(self) -> HeldLock:

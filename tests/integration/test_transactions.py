@@ -316,6 +316,17 @@ def test_an_exit_before_the_commit_keeps_what_the_transaction_has_entered_again(
     wait_for(lambda: gc.collect() and rival.is_free("one"))  # nobody has it any more
 
 
+def test_an_exit_before_the_commit_does_not_hide_the_bodys_error(rival: Rival) -> None:
+    around = ExitStack()
+    around.enter_context(lock("one"))
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        with lock("one"):
+            pass
+        with around:
+            _ = 1 / 0
+    assert rival.is_free("one")
+
+
 def test_slots_of_this_process_and_a_transaction_do_not_mix() -> None:
     with (
         lock("gpu of this test", slots=2),
