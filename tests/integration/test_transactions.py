@@ -319,11 +319,16 @@ def test_an_exit_before_the_commit_keeps_what_the_transaction_has_entered_again(
 def test_an_exit_before_the_commit_does_not_hide_the_bodys_error(rival: Rival) -> None:
     around = ExitStack()
     around.enter_context(lock("one"))
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+
+    @transaction.atomic
+    def body() -> None:
         with lock("one"):
             pass
         with around:
             _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        body()
     assert rival.is_free("one")
 
 
