@@ -227,7 +227,7 @@ def test_interrupts_at_random_moments_leave_nothing(how: str, own_crew: Workers)
     crew.stay_unmeasured()
     crew.environment |= {"PSYCOPG_IMPL": "binary" if how == "gevent" else how, "dramatiq_queue_prefetch": "4"}
     crew.start(2, 4, program="tests.contrib.gevent_worker" if how == "gevent" else "dramatiq")
-    struck = [crew.send(actors.brief, str(number % 2), 1, time_limit=random.uniform(5, 60)) for number in range(120)]
+    struck = [crew.send(actors.brief, str(number % 2), 1, time_limit=random.uniform(5, 60)) for number in range(170)]
     spared = [crew.send(actors.brief, str(number % 2), 0.001 * (number % 4)) for number in range(50)]
     assert {_end(crew, one) for one in spared} == {"done"}
     ended = [_end(crew, one) for one in struck]
