@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from concurrency_safe.core.errors import ConfigurationError, LockUnavailable
 from concurrency_safe.core.steps import Steps
 
 from . import protocol
-from .session import CONNECT_TIMEOUT
+from .session import complete_conninfo, connect
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -88,25 +87,25 @@ def verify_one_space(dsn: str, alias_dsn: str, alias: str) -> Steps[None]:
 
     Raises: ConfigurationError: they lead to different databases. LockUnavailable: one of them can't be reached.
     """
+    dsn = complete_conninfo(dsn)
     ours, theirs = conninfo.conninfo_to_dict(dsn), conninfo.conninfo_to_dict(alias_dsn)
     if all(ours.get(name) == theirs.get(name) for name in ("host", "hostaddr", "port", "dbname", "service")):
         return
     number = secrets.randbits(62)
-    until = time.monotonic() + CONNECT_TIMEOUT
     try:
-        holder = yield from protocol.connect(dsn.encode(), until)
+        holder = yield from connect(dsn)
         try:
             # Held by an open transaction, so that the answer is right also behind a pooler in transaction mode.
             yield from protocol.query(holder, b"BEGIN")
             yield from protocol.query(holder, b"SELECT pg_advisory_xact_lock(%d)" % number)
-            rival = yield from protocol.connect(alias_dsn.encode(), until)
+            rival = yield from connect(alias_dsn)
             try:
                 row = yield from protocol.query(rival, b"SELECT pg_try_advisory_xact_lock(%d)" % number)
             finally:
                 rival.finish()
         finally:
             holder.finish()
-    except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
+    except (LockUnavailable, protocol.ServerGoneError, protocol.ServerRefusedError) as error:
         raise LockUnavailable(
             f"it could not be checked that DSN and the alias {alias!r} lead to the same database: {str(error).strip()}"
         ) from error

@@ -336,6 +336,22 @@ def test_a_dsn_to_the_same_database_by_another_name_is_fine(dsn: str, rival: Riv
         assert not rival.try_hold("two")
 
 
+def test_a_silent_host_does_not_stop_the_comparison(dsn: str) -> None:
+    port = conninfo.conninfo_to_dict(dsn)["port"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hosts = {"host": "127.0.0.1,127.0.0.1", "port": f"{silent.getsockname()[1]},{port}"}
+        configure(dsn=conninfo.make_conninfo(dsn, **hosts, connect_timeout=1))
+        with lock("one") as held:
+            assert not held.is_lost
+
+
+def test_a_dsn_that_cannot_be_read_is_not_repeated_where_it_is_compared() -> None:
+    configure(dsn="postgis://me:secret@host/x")
+    with pytest.raises(ConfigurationError, match="can't be read") as caught, lock("one"):
+        pytest.fail("the body ran unguarded")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_dsn_that_is_away_can_not_be_compared(dsn: str) -> None:
     configure(dsn=conninfo.make_conninfo(dsn, port="1"))
     with pytest.raises(LockUnavailable, match="could not be checked"), lock("one"):
