@@ -78,7 +78,9 @@ def lock(  # noqa: PLR0913 - one keyword an option
     Args:
         keys: Texts, or tuples of parts. The same key is the same lock in every process on the database. Several: all
             or none, and without a deadlock in whatever order they are named.
-        timeout: Seconds to wait; 0 tries once; None waits for ever. Default: the setting TIMEOUT, 3.0.
+        timeout: Seconds to wait for the lock; 0 tries once; None waits for ever. Default: the setting TIMEOUT, 3.0.
+            Opening a connection, for the first lock of a process, has a limit of its own (`connect_timeout` of the
+            DSN, 10 seconds for each host).
         scope: "session" holds it on a private connection until the block ends. "transaction" holds it on Django's
             connection until its outermost commit or rollback. "auto": "transaction" inside `atomic()`, else
             "session". "detached": a private connection also inside a transaction.

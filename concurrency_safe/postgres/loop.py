@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -69,7 +70,12 @@ async def _wait(want: Wait) -> bool:
     """Wait until `want` is there (True), or its time has passed (False)."""
     loop = asyncio.get_running_loop()
     if isinstance(want, CallWait):
-        await loop.run_in_executor(None, want.call)
+        # A thread of its own: the loop's may all be busy, and after a fork a kept one would be gone.
+        thread = ThreadPoolExecutor(1)
+        try:
+            await loop.run_in_executor(thread, want.call)
+        finally:
+            thread.shutdown(wait=False)
         return True
     left = A_LONG_TIME if want.until is None else max(0.0, want.until - time.monotonic())
     if isinstance(want, GateWait):

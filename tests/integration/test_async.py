@@ -37,6 +37,7 @@ from concurrency_safe import (
 from concurrency_safe.core.steps import GateWait, Steps
 from concurrency_safe.gates import gate_for
 from concurrency_safe.postgres.loop import finish
+from concurrency_safe.spaces import close_idle_sessions
 from tests.integration.conftest import LockStore, Rival, wait_for
 from tests.integration.test_interrupts import unmeasured
 
@@ -211,6 +212,24 @@ def test_tasks_whose_synchronous_parts_share_a_thread_exclude_each_other(outer: 
                 held.release()
             assert asyncio.run(main()).count(True) == 1
     assert asyncio.run(main()).count(True) == 1
+
+
+def test_a_session_is_opened_while_the_threads_of_the_loop_are_busy() -> None:
+    free = threading.Event()
+
+    async def main() -> bool:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, free.wait, 5)
+        try:
+            async with lock("one", timeout=0):
+                return not busy.done()
+        finally:
+            free.set()
+            await busy
+
+    close_idle_sessions()
+    assert asyncio.run(main())
 
 
 def test_a_task_of_a_closed_loop_is_in_nobodys_way() -> None:
