@@ -80,7 +80,8 @@ class Claim:
     @property
     def is_orphan(self) -> bool:
         """Whether it belongs to a task of an event loop that was closed: the task never goes on."""
-        return all(footing.home is not None and footing.home.is_closed() for footing in self.stands)
+        homes = [footing.home for footing in self.stands]
+        return bool(homes) and all(home is not None and home.is_closed() for home in homes)
 
     @property
     def waits(self) -> bool:

@@ -352,8 +352,12 @@ def _attempts(info: str) -> list[str]:
 
 
 def _connect_timeout(info: str) -> float:
-    given = conninfo.conninfo_to_dict(info).get("connect_timeout")
-    return float(given) if given and float(given) > 0 else CONNECT_TIMEOUT
+    given = conninfo.conninfo_to_dict(info).get("connect_timeout") or 0
+    try:
+        seconds = float(given)
+    except ValueError:
+        raise ConfigurationError(f"connect_timeout={given!r} of the lock store's DSN is no number of seconds") from None
+    return seconds if seconds > 0 else CONNECT_TIMEOUT
 
 
 def _set_up(pgconn: PGconn, expected: int | None) -> Steps[int]:

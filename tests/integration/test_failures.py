@@ -290,6 +290,11 @@ def test_a_host_that_is_silent_is_left_for_the_next(dsn: str, choice: str) -> No
         assert drive(open_session(info)).pid
 
 
+def test_a_connect_timeout_that_is_no_number_is_refused_by_name(dsn: str) -> None:
+    with pytest.raises(ConfigurationError, match="connect_timeout='soon' of the lock store's DSN is no number"):
+        drive(open_session(conninfo.make_conninfo(dsn, connect_timeout="soon")))
+
+
 def test_hosts_and_ports_that_do_not_fit_are_refused_by_name(dsn: str) -> None:
     info = complete_conninfo(conninfo.make_conninfo(dsn, host="127.0.0.1,127.0.0.1,127.0.0.1", port="1,2"))
     with pytest.raises(LockUnavailable, match="2 port numbers to 3 hosts"):
