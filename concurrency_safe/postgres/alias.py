@@ -42,8 +42,6 @@ def transaction_of(connection: BaseDatabaseWrapper) -> object | None:
     code under test behaves as it does in production. Without autocommit and outside any block, it is the connection.
     """
     if connection.in_atomic_block:
-        if connection.connection is None:  # it was closed in there
-            return None
         return next((block for block in connection.atomic_blocks if not getattr(block, "_from_testcase", False)), None)
     # An alias without autocommit has a transaction as soon as it is connected.
     autocommit = connection.settings_dict["AUTOCOMMIT"] if connection.connection is None else connection.autocommit

@@ -183,12 +183,11 @@ class LockSession:
         """
         until = time.monotonic() + SETTLE_TIMEOUT
         if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-            try:
-                yield from protocol.answer(self.pgconn, until)
-            except protocol.ServerRefusedError:
-                pass
-            except OperationalError as error:
-                raise protocol.ServerGoneError(str(error)) from error
+            with contextlib.suppress(protocol.ServerRefusedError):
+                try:
+                    yield from protocol.answer(self.pgconn, until)
+                except OperationalError as error:
+                    raise protocol.ServerGoneError(str(error)) from error
         self.prepared.clear()  # which statements were prepared is not known any more
         self.name = None
         debts = tuple(self.debts)

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 
@@ -23,11 +24,13 @@ from concurrency_safe.postgres import session as sessions
 from concurrency_safe.postgres import watch as watchers
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.protocol import ServerGoneError
-from concurrency_safe.postgres.session import Grant, LockSession
+from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import LockStore, Rival, wait_for
 from tests.servers.wire import Fault, Wire, cut, nonsense
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -50,14 +53,15 @@ def session_of(held: HeldLock) -> LockSession:
     return session
 
 
-def going_on(steps: Steps[Grant | None]) -> Steps[Grant | None]:
+def going_on(steps: Steps[T]) -> Steps[T]:
     """Go on with a rule that has waited once."""
     came = True
     while True:
         try:
             want: Wait = steps.send(came)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            result: T = stop.value
+            return result
         came = yield want
 
 
@@ -338,7 +342,7 @@ def test_a_session_that_is_cut_while_it_is_cleaned_is_gone(backend: PostgresBack
     for link in wire.links:
         link.cut()
     with pytest.raises(ServerGoneError):
-        drive(steps)
+        drive(going_on(steps))
     session.dead = True
     with pytest.raises(LockLost):
         held.release()
