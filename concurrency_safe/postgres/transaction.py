@@ -91,9 +91,10 @@ class TransactionLock:
         """Take all keys or none: one statement for one key that is free; a savepoint around anything else.
 
         Returns: False when others kept one past the deadline; the transaction is as it was then.
-        Raises: LockUnavailable, LockDeadlock, LockCapacityError, ConfigurationError (no sequence for FENCING).
+        Raises: LockUnavailable (also in a transaction that has failed already), LockDeadlock, LockCapacityError,
+            ConfigurationError (no sequence for FENCING).
         """
-        from django.db import InterfaceError, OperationalError, ProgrammingError
+        from django.db import Error
 
         request = self._request
         started = time.monotonic()
@@ -107,7 +108,7 @@ class TransactionLock:
                 self.token = int(self._row(sql.TOKEN_IN_TRANSACTION)[0])
         except (protocol.ServerGoneError, protocol.ServerRefusedError) as error:
             raise explain(error, request, time.monotonic() - started) from error
-        except (InterfaceError, OperationalError, ProgrammingError) as error:
+        except Error as error:
             refused = protocol.ServerRefusedError(_sqlstate(error), str(error))
             raise explain(refused, request, time.monotonic() - started) from error
         return acquired

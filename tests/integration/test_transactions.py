@@ -20,6 +20,7 @@ from concurrency_safe import (
     LockInTransaction,
     LockLost,
     LockNotHeld,
+    LockUnavailable,
     assert_locked,
     concurrency_safe,
     lock,
@@ -264,6 +265,17 @@ def test_in_a_broken_transaction_a_lock_counts_as_held() -> None:
         assert held.is_active
         transaction.set_rollback(True)
     assert not held.is_active
+
+
+@pytest.mark.parametrize("timeout", [0, 1, None])
+def test_a_transaction_that_failed_before_is_refused(timeout: float | None, rival: Rival) -> None:
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        with pytest.raises(DatabaseError):
+            connection.cursor().execute("SELECT 1/0")
+        with pytest.raises(LockUnavailable, match=r"'one' was not acquired: current transaction is aborted"):
+            lock("one", timeout=timeout).acquire()
+        _ = 1 / 0
+    assert rival.is_free("one")
 
 
 def test_calls_of_an_atomic_function_are_different_transactions() -> None:

@@ -81,6 +81,17 @@ def test_a_session_that_is_cut_in_its_first_statement_is_unavailable(wire: Wire,
     wait_for(lambda: store.sessions() == 0)
 
 
+def test_a_session_that_is_cut_as_it_is_used_again_is_replaced(wire: Wire, rival: Rival) -> None:
+    with lock("one"):
+        pass
+    opened = len(wire.links)
+    wire.fail(b"cs_try", cut)
+    with lock("one"):
+        assert not rival.try_hold("one")
+    assert rival.is_free("one")
+    assert len(wire.links) == opened + 1
+
+
 # A lock in use.
 
 
