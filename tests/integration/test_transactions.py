@@ -344,14 +344,18 @@ def test_an_exit_before_the_commit_does_not_hide_the_bodys_error(rival: Rival) -
     assert rival.is_free("one")
 
 
-def test_slots_of_this_process_and_a_transaction_do_not_mix() -> None:
-    with (
-        lock("gpu of this test", slots=2),
-        transaction.atomic(),
-        pytest.raises(ConfigurationError, match=r"slots=1, but this process uses it with slots=2"),
-        lock("gpu of this test"),
-    ):
-        pytest.fail("beside the holder of a slot")
+@pytest.mark.parametrize("inside", [True, False])
+def test_slots_of_this_process_and_a_transaction_do_not_mix(*, inside: bool) -> None:
+    with ExitStack() as outer:
+        outer.enter_context(lock("gpu of this test", slots=2))
+        if not inside:
+            outer.close()
+        with (
+            transaction.atomic(),
+            pytest.raises(ConfigurationError, match=r"slots=1, but this process uses it with slots=2"),
+            lock("gpu of this test"),
+        ):
+            pytest.fail("beside the holder of a slot")
 
 
 def test_an_outer_session_lock_is_entered_again_inside_atomic(rival: Rival) -> None:
