@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from concurrency_safe import instrumentation
@@ -203,8 +202,9 @@ class Lock:
                 str(self._keys[0]),
             ) from None
         settings = get_settings()
-        keys = (lock_key(key, settings.namespace) for key in self._keys)
-        held = self._held = HeldLock(tuple({key.number: key for key in keys}.values()), settings, home)
+        keys = [lock_key(key, settings.namespace) for key in self._keys]
+        each_once = keys if len(keys) == 1 else {key.number: key for key in keys}.values()
+        held = self._held = HeldLock(tuple(each_once), settings, home)
         return held
 
     def _note(self, error: BaseException) -> None:
@@ -223,7 +223,6 @@ class HeldLock:
         "_keys",
         "_lost",
         "_net",
-        "_pid",
         "_settings",
         "_since",
         "_space",
@@ -237,7 +236,6 @@ class HeldLock:
         """Prepare an acquisition of `keys`, for a task of the event loop `home` or a thread: it stands on nothing."""
         self._keys = keys
         self._settings = settings
-        self._pid = os.getpid()
         self._space: LockSpace | None = None
         self._transaction: TransactionLock | None = None
         self._callbacks: deque[Callable[[HeldLock], object]] | None = None
@@ -269,7 +267,7 @@ class HeldLock:
 
     @property
     def _is_entered(self) -> bool:
-        return self._active and self._pid == os.getpid()
+        return self._active and self._footing.pid == os.getpid()
 
     @property
     def _text(self) -> str:
@@ -400,7 +398,7 @@ class HeldLock:
         if footing.fresh:  # else the owner holds all of it already
             fresh = request
             if len(footing.fresh) < len(request.keys):
-                fresh = replace(request, keys=tuple(claim.key for claim in footing.fresh))
+                fresh = request._replace(keys=tuple(claim.key for claim in footing.fresh))
             footing.token = yield from self._ask(space, fresh)
             space.claims.confirm(footing)
         else:
@@ -442,7 +440,7 @@ class HeldLock:
         outer = tuple(key for key in request.keys if self._is_held_around(space, key, owner))
         if outer:
             # A block around the transaction holds it, on a session: that session would not let our transaction in.
-            yield from self._acquire_in_session(space, replace(request, keys=outer))
+            yield from self._acquire_in_session(space, request._replace(keys=outer))
             inside = self._footing.inside
             for claim in self._footing.claims:
                 claim.until = lambda: transaction_of(connection) is inside
@@ -450,7 +448,7 @@ class HeldLock:
         if not ours:
             return
         space.claims.refuse_slots(ours)
-        attempt = TransactionLock(connection, replace(request, keys=ours), store_options(settings))
+        attempt = TransactionLock(connection, request._replace(keys=ours), store_options(settings))
         if not attempt.acquire():
             raise self._conflict(request, ", ".join(map(str, attempt.holders())) or None)
         self._footing.token = attempt.token
@@ -647,6 +645,8 @@ def _catch(net: _Net) -> None:
 
 
 def _without(net: _Net, stack: _Stack) -> _Stack:
+    if stack is not None and stack[0] is net:
+        return stack[1]
     above: list[_Net] = []
     while stack is not None:
         top, stack = stack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .keys import LockKey
 from .steps import Gate, Steps
@@ -26,8 +26,7 @@ class StoreOptions:
     pooled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What one acquisition asks of the store.
 
     `keys`: sorted by number, each once. `shared`: with other readers. `slots`: most holders; above 1 there is one key.

@@ -139,7 +139,7 @@ class PostgresBackend:
             hold.session = session
             session.held[number] = hold
         # Not all of them: a lock on this session may have been left to us meanwhile.
-        session.debts.difference_update((number, holds[0].shared) for number in asked)
+        session.debts.difference_update([(number, holds[0].shared) for number in asked])
 
     def release(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
         """Release `holds`; False: one of them wasn't held any more, since its session was cut, or a pooler shares it.
@@ -173,7 +173,7 @@ class PostgresBackend:
             del session.held[hold.number]
         session.last = mine[0].number, mine[0].key
         ours = yield from session.release([hold.number for hold in mine], shared=mine[0].shared)
-        session.debts.difference_update((hold.number, hold.shared) for hold in mine)
+        session.debts.difference_update([(hold.number, hold.shared) for hold in mine])
         if ours:
             for channel in session.asked():
                 yield from session.tell(channel)
@@ -281,10 +281,10 @@ def refuse_long_queue(request: Request, waiting: int, holder: str | None) -> Non
 
 def _numbers(request: Request) -> tuple[int, ...]:
     """Give what is locked for `request`; for slots: the gate, then the slots in an order of chance."""
-    key = request.keys[0]
+    keys = request.keys
     if request.slots == 1:
-        return tuple(one.number for one in request.keys)
-    gate, *slots = slot_numbers(key, request.slots)
+        return (keys[0].number,) if len(keys) == 1 else tuple([key.number for key in keys])
+    gate, *slots = slot_numbers(keys[0], request.slots)
     random.shuffle(slots)
     return (gate, *slots)
 

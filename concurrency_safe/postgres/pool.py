@@ -122,11 +122,12 @@ class SessionPool:
                 session.idle_since = session.used_at
             session.user = None
             borrower.session = None
-            for waiting, (wanted, numbers, name) in tuple(self._queue.items()):
+            for waiting, (wanted, numbers, name) in tuple(self._queue.items()) if self._queue else ():
                 if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
                     waiting.gate.open()
                     break
-            self.prune()
+            if len(self.sessions) > min(self._kept, 1):  # the only one was just used
+                self.prune()
         if session.dead:
             self.forget(session)
         return True

@@ -144,12 +144,11 @@ def answer(pgconn: PGconn, until: float) -> Steps[PGresult]:
 
     Raises: ServerRefusedError, ServerGoneError.
     """
-    flushing = SocketWait(pgconn.socket, READ | WRITE, until)
+    reading = SocketWait(pgconn.socket, READ, until)
     while pgconn.flush():
-        if not (yield flushing):
+        if not (yield reading._replace(events=READ | WRITE)):
             raise ServerGoneError("the server did not read the statement in time")
         pgconn.consume_input()
-    reading = SocketWait(pgconn.socket, READ, until)
     last = None
     while True:
         if not (yield reading):

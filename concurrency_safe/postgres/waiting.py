@@ -42,12 +42,13 @@ def _wait(want: Wait) -> bool:
     if isinstance(want, CallWait):
         want.call()
         return True
+    until = want.until
     while True:
-        left = SLICE if want.until is None else want.until - time.monotonic()
-        slice_ = min(max(left, 0.0), SLICE)
+        left = SLICE if until is None else max(until - time.monotonic(), 0.0)
+        slice_ = min(SLICE, left)
         if want.gate.wait(slice_) if isinstance(want, GateWait) else wait_socket(want.fd, want.events, slice_):
             return True
-        if left <= slice_ and want.until is not None:
+        if left <= slice_ and until is not None:
             return False
 
 
@@ -61,6 +62,7 @@ def has_hung_up(fd: int) -> bool:
 
 
 if hasattr(select, "poll"):
+    _POLLED = {READ: select.POLLIN, WRITE: select.POLLOUT, READ | WRITE: select.POLLIN | select.POLLOUT}
 
     def wait_socket(fd: int, events: int, timeout: float) -> bool:
         """Say whether the socket became ready within `timeout` seconds; an error on it counts as ready.
@@ -68,7 +70,7 @@ if hasattr(select, "poll"):
         The name is looked up in `select` at each call: gevent replaces it, and the wait is cooperative then.
         """
         poll = select.poll()
-        poll.register(fd, (select.POLLIN if events & READ else 0) | (select.POLLOUT if events & WRITE else 0))
+        poll.register(fd, _POLLED[events])
         # Rounded up, or the last millisecond of a deadline would be spent spinning.
         return bool(poll.poll(timeout * 1000 + 0.999 if timeout else 0))
 
