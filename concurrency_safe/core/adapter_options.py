@@ -24,6 +24,10 @@ MISTAKEN = {
     "scope": "lock_key alone: the lock is held while the body runs",
 }
 
+#: How the names of options begin, and what is left of them when they are written otherwise: lockKey, onconflict.
+_LIKE_OURS = ("lock_", "on_conf")
+_SQUASHED = {name.replace("_", "") for name in OPTIONS}
+
 KNOWN = f"the options are {', '.join(OPTIONS)}"
 
 
@@ -33,7 +37,7 @@ def refuse_mistaken(who: str, names: Iterable[str]) -> None:
     Raises: ConfigurationError.
     """
     for name in sorted(set(names) - set(OPTIONS)):
-        if name.startswith("lock_"):
+        if name.startswith(_LIKE_OURS) or name.replace("_", "").lower() in _SQUASHED:
             raise ConfigurationError(f"{who}: there is no option {name!r}{nearest(name, OPTIONS)}; {KNOWN}")
         if name in MISTAKEN:
             raise ConfigurationError(f"{who}: the option {name!r} does nothing; use {MISTAKEN[name]}; {KNOWN}")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from typing import Any
 
 import psycopg
 from celery import Celery
 from celery.exceptions import Ignore, Reject
+from kombu import serialization
 
 from concurrency_safe import Call, Retry, Skip, assert_locked, configure, current_lock, lock
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 BROKER = os.environ["TESTS_BROKER_URL"]
+
+
+def _encode(data: object) -> str:
+    """Encode nowhere but in the tests' own process."""
+    if "CELERY_QUEUE" in os.environ:
+        raise ValueError("this encoding is read only")
+    return json.dumps(data)
+
 
 app = Celery("tests", set_as_current=False, broker=BROKER, backend=os.environ.get("TESTS_RESULT_URL", BROKER))
 app.conf.task_default_queue = os.environ.get("CELERY_QUEUE", "tests")
@@ -22,6 +33,8 @@ app.conf.worker_prefetch_multiplier = 1
 app.conf.worker_cancel_long_running_tasks_on_connection_loss = True
 app.conf.broker_connection_retry_on_startup = True
 app.conf.result_chord_retry_interval = 0.1
+app.conf.accept_content = ["json", "pickle", "read-only"]
+serialization.register("read-only", _encode, json.loads, content_type="application/x-read-only")
 if "VISIBILITY_TIMEOUT" in os.environ:
     # By default Redis' transport looks for unacknowledged messages every 100 s or so.
     app.conf.broker_transport_options = {
@@ -181,6 +194,39 @@ def retries_by_option(self: Any, key: str) -> None:
 def retries_never(self: Any, key: str) -> None:
     note_attempt(self)
     raise ValueError("body")
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", bind=True, acks_on_failure_or_timeout=False)
+def fails_and_is_requeued(self: Any, key: str) -> None:
+    note_attempt(self)
+    raise ValueError("body")
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict="skip", bind=True, max_retries=1)
+def retries_itself_soon(self: Any, key: str) -> str:
+    """Unwind about when the next attempt starts."""
+    if self.request.retries == 0:
+        retry = self.retry(countdown=0, throw=False)
+        write("SELECT pg_sleep(%s)", random.uniform(0, 0.02))
+        raise retry
+    return "done"
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict="raise", bind=True)
+def replaces_itself(self: Any, key: str, times: int) -> str:
+    if times:
+        raise self.replace(self.si(key, times - 1))
+    return "done"
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=SOON)
+def counts(key: str, things: list[int]) -> int:
+    return len(things)
+
+
+@app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=SOON, acks_late=False)
+def counts_early(key: str, things: list[int]) -> int:
+    return len(things)
 
 
 @app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=Retry(delay=0.05, max_delay=0.1, max_wait=0.5))

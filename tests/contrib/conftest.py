@@ -137,6 +137,7 @@ class Workers(Fleet):
         self.connection = app.connection_for_write(broker)
         self.queue = f"tests_{uuid.uuid4().hex[:8]}"
         self.environment |= {"CELERY_QUEUE": self.queue, "TESTS_BROKER_URL": broker, "TESTS_RESULT_URL": BROKER}
+        self.environment["C_FORCE_ROOT"] = "1"  # root may take pickled messages, here
         self.use()
 
     def use(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from concurrency_safe import (
     current_lock,
 )
 from concurrency_safe.contrib.celery import ConcurrencySafeMixin, ConcurrencySafeTask
+from concurrency_safe.contrib.celery.task import guard_of, mistake_of
 from tests.integration.conftest import Rival
 
 GUARDED = {"base": ConcurrencySafeTask, "name": "pay"}
@@ -60,6 +62,8 @@ def declare(app: Celery | None = None, **options: Any) -> Any:
         ({"on_conflict": ValueError}, "task pay: .*ValueError is a class"),
         ({"lock_shared": 1}, "task pay: .*shared=1"),
         ({"lock_slots": 0}, "task pay: .*slots=0"),
+        ({"on_conflct": "skip"}, "no option 'on_conflct' .did you mean 'on_conflict'"),
+        ({"lockKey": "pay:{user_id}"}, "no option 'lockKey' .did you mean 'lock_key'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -127,8 +131,140 @@ def test_as_the_base_of_an_app_it_guards_only_tasks_with_a_key(base: Any, how: s
     task = declare(app, base=None, lock_key="pay:{user_id}")
 
     assert app.tasks["free"]() is None
-    assert app.tasks["celery.backend_cleanup"].lock_key is None or app.tasks["celery.backend_cleanup"]._guard is None
+    assert guard_of(app.tasks["celery.backend_cleanup"]) is None
     assert task(7) == "pay:7"
+
+
+@pytest.mark.parametrize("how", ["task_cls", "app.Task"])
+def test_the_options_of_an_app_wide_base_guard_nothing_of_celerys_own(how: str) -> None:
+    class Ours(ConcurrencySafeMixin, Task):  # type: ignore[type-arg]  # any arguments
+        abstract = True
+        lock_key = "pay:{user_id}"
+
+    app: Any = Celery("mine", set_as_current=False, broker="memory://", task_cls=Ours if how == "task_cls" else None)
+    if how == "app.Task":
+        app.Task = Ours
+    declare(app, base=None)
+
+    theirs = [task for name, task in app.tasks.items() if name.startswith("celery.")]
+    assert len(theirs) > 5
+    assert [task.name for task in theirs if guard_of(task) is not None] == []
+
+
+@pytest.mark.parametrize("how", ["task_cls", "app.Task"])
+def test_a_mistake_in_an_app_wide_base_is_found(how: str) -> None:
+    class Ours(ConcurrencySafeMixin, Task):  # type: ignore[type-arg]  # any arguments
+        abstract = True
+        lock_kee = True
+
+    app: Any = Celery("mine", set_as_current=False, broker="memory://", task_cls=Ours if how == "task_cls" else None)
+    if how == "app.Task":
+        app.Task = Ours
+    with pytest.raises(ConfigurationError, match="did you mean 'lock_key'"):
+        declare(app, base=None)
+
+
+@pytest.mark.parametrize("how", ["task_cls", "app.Task", "neither"])
+def test_options_may_come_from_a_mix_in_that_knows_nothing_of_us(how: str, rival: Rival) -> None:
+    class Keyed:
+        lock_key = "pay:{user_id}"
+
+    class Base(Keyed, ConcurrencySafeTask):
+        abstract = True
+
+    app: Any = Celery(
+        "mine", set_as_current=False, broker="memory://", task_cls=ConcurrencySafeTask if how == "task_cls" else None
+    )
+    if how == "app.Task":
+        app.Task = ConcurrencySafeTask
+
+    assert declare(app, base=Base)(7) == "pay:7"
+
+
+def test_an_option_of_a_base_without_a_key_is_refused_where_the_app_has_our_base() -> None:
+    class Base(ConcurrencySafeTask):
+        abstract = True
+        on_conflict = "skip"
+
+    app: Any = Celery("mine", set_as_current=False, broker="memory://")
+    app.Task = ConcurrencySafeTask
+    with pytest.raises(ConfigurationError, match="on_conflict without lock_key guards nothing"):
+        declare(app, base=Base)
+
+
+def test_a_class_with_a_constructor_of_its_own_is_guarded(rival: Rival) -> None:
+    """As Celery's manual shows one: it calls no other."""
+
+    class Pay(ConcurrencySafeTask):
+        name = "pay"
+        lock_key = "pay:{user_id}"
+
+        def __init__(self) -> None:
+            self.users: dict[int, str] = {}
+
+        def run(self, user_id: int) -> tuple[str, ...]:
+            assert_locked(f"pay:{user_id}")
+            return self.lock.keys if self.lock is not None else ()
+
+    class Wrong(Pay):
+        name = "wrong"
+        lock_key = "pay:{uid}"
+
+    app: Any = Celery("mine", set_as_current=False, broker="memory://")
+    app.register_task(Pay())
+    app.register_task(Wrong())
+    app.finalize()
+
+    assert app.tasks["pay"](7) == ("pay:7",)
+    assert mistake_of(app.tasks["pay"]) is None
+    assert "'uid'" in str(mistake_of(app.tasks["wrong"]))
+    with pytest.raises(KeyTemplateError, match="uid"):
+        app.tasks["wrong"](7)
+
+
+def test_options_may_come_from_celerys_annotations(rival: Rival) -> None:
+    app: Any = Celery("mine", set_as_current=False, broker="memory://", task_cls=ConcurrencySafeTask)
+    app.conf.task_annotations = {"pay": {"lock_key": "pay:{user_id}", "on_conflict": "skip"}}
+    task = declare(app, base=None)
+
+    assert task(7) == "pay:7"
+    rival.hold("pay:8")
+    assert task(8) is None
+
+
+def test_a_wrong_annotation_never_runs_the_body(rival: Rival) -> None:
+    app: Any = Celery("mine", set_as_current=False, broker="memory://", task_cls=ConcurrencySafeTask)
+    app.conf.task_annotations = {"pay": {"lock_key": "pay:{uid}"}}
+    task = declare(app, base=None)
+
+    assert "'uid'" in str(mistake_of(task))
+    with pytest.raises(KeyTemplateError, match="uid"):
+        task(7)
+
+
+def test_one_class_that_a_task_throws_is_as_good_as_a_tuple(rival: Rival) -> None:
+    assert guard_of(task := declare(throws=ValueError)) is not None
+    assert task.throws == (ValueError, LockAcquireTimeout)
+
+
+async def _later(user_id: int) -> int:
+    return user_id
+
+
+def _one_by_one(user_id: int) -> Iterator[int]:
+    yield user_id
+
+
+async def _one_by_one_later(user_id: int) -> AsyncIterator[int]:
+    yield user_id
+
+
+@pytest.mark.parametrize("body", [_later, _one_by_one, _one_by_one_later])
+def test_a_body_that_a_call_does_not_run_is_refused(body: Callable[..., object]) -> None:
+    app: Any = Celery("mine", set_as_current=False, broker="memory://")
+    app.task(shared=False, **GUARDED)(body)
+    with pytest.raises(ConfigurationError, match="task pay: its body is a"):
+        app.finalize()
 
 
 def test_delay_on_commit_is_kept() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 from celery import current_app
 from django.core.checks import CheckMessage, Error, register
 
-from concurrency_safe.contrib.celery import ConcurrencySafeMixin
-from concurrency_safe.contrib.celery.options import unguarded_options
+from concurrency_safe.contrib.celery.task import mistake_of
 from concurrency_safe.core.errors import ConcurrencySafeError
 
 _checking = False
@@ -34,12 +33,5 @@ def check_tasks(app_configs: Sequence[Any] | None = None, **_: Any) -> list[Chec
         return [Error(str(error), id="concurrency_safe.E010")]
     finally:
         _checking = False
-    return [
-        Error(
-            f"task {task.name}: {', '.join(useless)} without base=ConcurrencySafeTask guards nothing",
-            hint="add the base, or remove the option",
-            id="concurrency_safe.E011",
-        )
-        for task in tasks
-        if not isinstance(task, ConcurrencySafeMixin) and (useless := unguarded_options(task))
-    ]
+    mistakes = map(mistake_of, tasks)
+    return [Error(mistake, id="concurrency_safe.E011") for mistake in mistakes if mistake is not None]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from celery import Celery, current_app
+
 from concurrency_safe.core.adapter_options import OPTIONS, refuse_mistaken, refuse_without_key
 from concurrency_safe.core.errors import ConfigurationError, KeyTemplateError
 from concurrency_safe.core.templates import KeyTemplate
@@ -31,30 +33,36 @@ def read_key(task: Any, base: type) -> Any:
     The default of a base that the whole app has is no wish of the task's: Celery's own tasks have that base, too.
     """
     key = read(task, "lock_key")
-    if any("lock_key" in vars(cls) for cls in _own_classes(task, base)):
-        return key
-    app = getattr(task, "app", None)
-    return None if app is not None and isinstance(task, app.Task) else key
+    app_wide = issubclass(_app_base(task), base)
+    own = "lock_key" in vars(task) or any("lock_key" in vars(cls) for cls in _own_classes(task))
+    return key if own or not app_wide else None
 
 
-def _own_classes(task: Any, base: type) -> list[type]:
-    """Give the classes that declare `task`, from itself to those above which ours begin; without the app's own base."""
-    app_base = getattr(getattr(task, "app", None), "Task", None)
-    classes = [cls for cls in type(task).__mro__ if issubclass(cls, base) and cls is not app_base]
-    return [cls for cls in classes if not cls.__module__.startswith(__package__)]
+def _app_base(task: Any) -> type:
+    """Give the base that a task has when it names none; without binding the task to its app, which has effects."""
+    declared = inspect.getattr_static(type(task), "app")  # by a decorator; else the property of Task
+    app = declared if isinstance(declared, Celery) else getattr(task, "_app", None) or current_app
+    base: type = app.Task
+    return base
 
 
-def refuse_mistakes(task: Any, base: type) -> None:
+def _own_classes(task: Any) -> list[type]:
+    """Give the classes that declare `task`: without the app-wide ones, and without the libraries'."""
+    classes = [cls for cls in type(task).__mro__ if cls not in _app_base(task).__mro__]
+    return [cls for cls in classes if not cls.__module__.startswith((__package__, "celery."))]
+
+
+def _refuse_mistakes(task: Any, base: type) -> None:
     """Refuse options that look like ours and aren't, and options without a key.
 
-    Only what the task and the classes between it and `base` declare is looked at.
-
-    Raises: ConfigurationError.
+    Mistakes are looked for in whatever derives from `base`; a mix-in that knows nothing of us may have any attribute.
     """
     who = f"task {task_name(task)}"
-    refuse_mistaken(who, {name for cls in _own_classes(task, base) for name in vars(cls)})
+    ours = [cls for cls in type(task).__mro__ if issubclass(cls, base) and not cls.__module__.startswith(__package__)]
+    mine = {name for name in vars(task) if name.startswith("lock_")}
+    refuse_mistaken(who, {name for cls in ours for name in vars(cls)} | mine)
     if read_key(task, base) is None:
-        refuse_without_key(who, vars(type(task)))
+        refuse_without_key(who, {name for cls in _own_classes(task) for name in vars(cls)} | set(vars(task)))
 
 
 def unguarded_options(task: Any) -> list[str]:
@@ -62,15 +70,29 @@ def unguarded_options(task: Any) -> list[str]:
     return [name for name in OPTIONS if inspect.getattr_static(task, name, None) is not None]
 
 
+def _refuse_unguardable(run: Any) -> None:
+    """Refuse a body that Celery does not run to its end: the lock would be released before the work."""
+    kinds = {inspect.iscoroutinefunction: "is async", inspect.isgeneratorfunction: "is a generator"}
+    kinds[inspect.isasyncgenfunction] = "is an async generator"
+    for is_kind, words in kinds.items():
+        if is_kind(run):
+            raise ConfigurationError(
+                f"its body {words}, which Celery calls and doesn't run; make it a plain function "
+                "(asyncio.run(...) inside it runs a coroutine)"
+            )
+
+
 def build(task: Any, base: type) -> tuple[Guard, KeyTemplate] | None:
     """Make the guard of `task`, and the template of its key; None: it is not guarded.
 
     Raises: ConfigurationError, KeyTemplateError: with the task's name before what is wrong.
     """
+    _refuse_mistakes(task, base)
     key = read_key(task, base)
     if key is None:
         return None
     try:
+        _refuse_unguardable(task.run)
         guard = Guard(
             key,
             timeout=read(task, "lock_timeout"),

@@ -14,7 +14,7 @@ from celery import Task, signals
 from celery.exceptions import Ignore
 
 from concurrency_safe.contrib.celery import options, requeue
-from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
+from concurrency_safe.core.errors import ConcurrencySafeError, LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.policies import ConflictPolicy, Retry, Skip
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.guards import DIRECT, Guard, Verbs
@@ -57,7 +57,8 @@ class ConcurrencySafeMixin:
     lock_slots: int = 1
     on_conflict: str | ConflictPolicy | Callable[..., Any] = "retry"
 
-    _guard: tuple[Guard, KeyTemplate] | None = None
+    #: The guard and its key's template; None: not guarded; absent: not looked at yet.
+    _guard: tuple[Guard, KeyTemplate] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Check the options: Celery registers a task after this, so an invalid one can never be used.
@@ -65,11 +66,7 @@ class ConcurrencySafeMixin:
         Raises: ConfigurationError, KeyTemplateError.
         """
         super().__init__(*args, **kwargs)
-        options.refuse_mistakes(self, ConcurrencySafeMixin)
-        self._guard = options.build(self, ConcurrencySafeMixin)
-        if self._guard is not None:
-            # An ordinary conflict is one line in the worker's log, without a traceback.
-            self.throws = (*getattr(self, "throws", ()), LockAcquireTimeout)
+        if options.build(self, ConcurrencySafeMixin) is not None:
             _warn_of_bypass(self)
 
     @property
@@ -81,9 +78,10 @@ class ConcurrencySafeMixin:
         """Run the body guarded."""
         task: Any = self
         request = task.request
-        if self._guard is None:
+        guarded = guard_of(self)
+        if guarded is None:
             return super().__call__(*args, **kwargs) if request.called_directly else task.run(*args, **kwargs)  # type: ignore[misc]  # Task's
-        guard, template = self._guard
+        guard, template = guarded
         if request.called_directly or getattr(request, _ENTERED, False):
             # Also a body that calls its own task: its request is the outer one's, which must not go back to the queue.
             return guard.run_as(template, super().__call__, args, kwargs, DIRECT)  # type: ignore[misc]  # Task's
@@ -99,11 +97,9 @@ class ConcurrencySafeMixin:
             current_work.reset(token)
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body, unless this is a copy of a task that has succeeded meanwhile."""
+        """Run the body, unless this is a copy of a task that has run meanwhile."""
         task: Any = self
-        if requeue.is_copy(task) and task.backend.get_state(task.request.id) == "SUCCESS":
-            logger.info("task %s[%s] has run already; this copy of it ends", task.name, task.request.id)
-            raise Ignore
+        _end_second_copy(task)
         return task.run(*args, **kwargs)
 
     def _retry(self, policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:
@@ -112,15 +108,22 @@ class ConcurrencySafeMixin:
     def _skip(self, policy: Skip, conflict: LockAcquireTimeout) -> Any:
         task: Any = self
         logger.info("task %s[%s] was skipped: %s", task.name, task.request.id, conflict)
-        if task.app.conf.worker_send_task_events:
-            task.send_event("task-skipped", lock_key=conflict.key, holder=conflict.holder)
+        try:  # always: the pool's process is not told whether anybody asked the worker for events
+            task.send_event("task-skipped", retry=False, lock_key=conflict.key, holder=conflict.holder)
+        except Exception:
+            logger.warning(
+                "task %s[%s]: the event task-skipped was not sent", task.name, task.request.id, exc_info=True
+            )
         return policy.result
 
     def _defer_copy(self, conflict: LockAcquireTimeout) -> None:
-        """Never skip or fail for a conflict with oneself: a redelivered copy, or an attempt that still unwinds."""
+        """Never skip or fail for a conflict with oneself: a redelivered copy, or an attempt that still unwinds.
+
+        Whoever had let go when the holder was read may have been just that.
+        """
         task: Any = self
-        holder = conflict.holder
-        if describe_work(task.request.id) in (holder or "") or (holder is None and requeue.is_copy(task)):
+        _end_second_copy(task)
+        if conflict.holder is None or describe_work(task.request.id) in conflict.holder:
             requeue.duplicate(task)
 
 
@@ -134,6 +137,44 @@ class ConcurrencySafeTask(ConcurrencySafeMixin, _Base):  # type: ignore[misc]  #
     lock_key: Any = True
 
 
+def guard_of(task: Any) -> tuple[Guard, KeyTemplate] | None:
+    """Give the guard of `task`, None when it has none; made once Celery has bound the task, so annotations count.
+
+    Not in `__init__` alone, which a class-based task may have of its own.
+
+    Raises: ConfigurationError, KeyTemplateError.
+    """
+    try:
+        guarded: tuple[Guard, KeyTemplate] | None = task._guard  # noqa: SLF001 - ours
+    except AttributeError:
+        guarded = options.build(task, ConcurrencySafeMixin)
+        if guarded is not None:
+            # An ordinary conflict is one line in the worker's log, without a traceback.
+            throws = getattr(task, "throws", None) or ()
+            task.throws = (*(throws if isinstance(throws, tuple) else (throws,)), LockAcquireTimeout)
+        task._guard = guarded  # noqa: SLF001 - see above
+    return guarded
+
+
+def _end_second_copy(task: Any) -> None:
+    """End the run of a copy whose task has run already: it is neither run again, nor skipped, nor failed.
+
+    Raises: celery.exceptions.Ignore.
+    """
+    if not requeue.is_copy(task):
+        return
+    try:
+        settled = requeue.is_settled(task)
+    except Exception:
+        logger.warning(
+            "task %s[%s]: whether it has run already can't be read now", task.name, task.request.id, exc_info=True
+        )
+        requeue.duplicate(task)
+    if settled:
+        logger.info("task %s[%s] has run already; this copy of it ends", task.name, task.request.id)
+        raise Ignore
+
+
 def _warn_of_bypass(task: Any) -> None:
     first = next(cls for cls in type(task).__mro__ if "__call__" in vars(cls))
     if first is not ConcurrencySafeMixin:
@@ -145,17 +186,31 @@ def _warn_of_bypass(task: Any) -> None:
 
 
 @signals.worker_init.connect
-def _refuse_unguarded_options(sender: Any = None, **_: Any) -> None:
-    """Stop a worker whose tasks have lock options, and a base that knows nothing of them."""
+def _refuse_mistakes(sender: Any = None, **_: Any) -> None:
+    """Stop a worker that has a task with wrong lock options, or with any and a base that knows nothing of them."""
     app = getattr(sender, "app", None)
     for task in app.tasks.values() if app is not None else ():
-        useless = [] if isinstance(task, ConcurrencySafeMixin) else options.unguarded_options(task)
-        if useless:
+        wrong = mistake_of(task)
+        if wrong is not None:
             # SystemExit, since Celery logs any other exception of a receiver, and goes on.
-            raise SystemExit(
-                f"task {task.name}: {', '.join(useless)} without base=ConcurrencySafeTask guards nothing; "
-                "add the base, or remove the option"
-            )
+            raise SystemExit(wrong)
+
+
+def mistake_of(task: Any) -> str | None:
+    """Say what is wrong with the lock options of `task`, which its app has bound; None: nothing."""
+    if isinstance(task, ConcurrencySafeMixin):
+        try:
+            guard_of(task)
+        except ConcurrencySafeError as error:
+            return str(error)
+        return None
+    useless = options.unguarded_options(task)
+    if not useless:
+        return None
+    return (
+        f"task {task.name}: {', '.join(useless)} without base=ConcurrencySafeTask guards nothing; "
+        "add the base, or remove the option"
+    )
 
 
 @signals.worker_process_shutdown.connect

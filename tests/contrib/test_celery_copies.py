@@ -1,0 +1,151 @@
+"""Two messages of one task: redelivered, sent again, or an own retry that overtakes its predecessor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery import chain
+from celery.result import AsyncResult
+
+from concurrency_safe.contrib.celery import requeue
+from tests.contrib import celery_tasks as tasks
+from tests.contrib.conftest import Workers
+from tests.integration.conftest import wait_for
+
+#: Seconds that a result may take.
+LIMIT = 60
+
+#: What marks the message of a task that met itself at work.
+COPY = {requeue.DUPLICATES: 1}
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def ends(fleet: Workers, task_id: str) -> None:
+    """Wait until a copy of the task has ended because the task itself has run."""
+    wait_for(lambda: f"[{task_id}] has run already; this copy of it ends" in fleet.logs(), 30)
+
+
+@pytest.mark.parametrize("task", [tasks.skipping, tasks.raising, tasks.calling, tasks.limited, tasks.patient])
+def test_a_copy_of_a_task_that_has_run_ends_also_when_another_holds_the_key(task: Any, fleet: Workers) -> None:
+    sent = task.delay("a")
+    assert sent.get(timeout=LIMIT) == "a"
+
+    fleet.rival.hold("one:a")
+    task.apply_async(
+        ("a",), task_id=sent.id, headers=COPY, link=tasks.failed.si("went on"), link_error=tasks.failed.si("failed")
+    )
+    ends(fleet, sent.id)
+
+    assert sent.get(timeout=LIMIT) == "a"
+    assert fleet.runs("failed") == 0
+
+
+def test_a_task_that_has_failed_is_not_run_again_by_its_copy(fleet: Workers) -> None:
+    errback = tasks.failed.si("failed")
+    sent = tasks.retries_never.apply_async(("a",), link_error=errback)
+    with pytest.raises(ValueError, match="body"):
+        sent.get(timeout=LIMIT)
+    wait_for(lambda: fleet.runs("failed") == 1)
+
+    tasks.retries_never.apply_async(("a",), task_id=sent.id, headers=COPY, link_error=errback)
+    ends(fleet, sent.id)
+
+    assert fleet.runs("failed") == fleet.runs(tasks.retries_never.name) == 1
+
+
+def test_where_a_failed_message_goes_back_to_the_broker_it_runs_again(fleet: Workers) -> None:
+    sent = tasks.fails_and_is_requeued.delay("a")
+    with pytest.raises(ValueError, match="body"):
+        sent.get(timeout=LIMIT)
+
+    tasks.fails_and_is_requeued.apply_async(("a",), task_id=sent.id, headers=COPY)
+    wait_for(lambda: fleet.runs(tasks.fails_and_is_requeued.name) == 2)
+
+
+def test_without_a_result_backend_a_copy_runs(own_fleet: Workers) -> None:
+    """Whether the task has run can't be known, and work that is done twice is better than work that is lost."""
+    own_fleet.environment["TESTS_RESULT_URL"] = "disabled://"
+    own_fleet.start(1)
+    tasks.acked_late.apply_async(("a", 1), headers=COPY)
+
+    wait_for(lambda: own_fleet.runs(tasks.acked_late.name) == 1, 30)
+
+
+def test_a_copy_waits_for_a_result_backend_that_is_away(own_fleet: Workers) -> None:
+    own_fleet.environment["TESTS_RESULT_URL"] = "redis://127.0.0.1:1/0"
+    own_fleet.start(1)
+    tasks.acked_late.apply_async(("a", 1), headers=COPY)
+
+    wait_for(lambda: own_fleet.logs().count("whether it has run already can't be read now") >= 2, 60)
+    assert own_fleet.runs(tasks.acked_late.name) == 0
+
+
+def test_an_own_retry_is_not_lost_when_its_predecessor_lets_go_at_that_moment(fleet: Workers) -> None:
+    sent = [tasks.retries_itself_soon.delay(str(number)) for number in range(200)]
+
+    assert [one.get(timeout=LIMIT) for one in sent] == ["done"] * len(sent)
+
+
+def test_a_replacement_is_not_failed_by_what_it_replaces(fleet: Workers) -> None:
+    sent = [tasks.replaces_itself.delay(str(number), 1) for number in range(100)]
+
+    assert [one.get(timeout=LIMIT) for one in sent] == ["done"] * len(sent)
+
+
+def test_a_message_that_waited_in_a_worker_while_its_copy_ran_is_not_run(own_fleet: Workers) -> None:
+    own_fleet.environment["VISIBILITY_TIMEOUT"] = "2"
+    own_fleet.start(1, "--prefetch-multiplier", "4")
+    with own_fleet.closed_gate():
+        tasks.at_gate.apply_async(("a",), expires=1)  # so that its own copy is none of the others' business
+        wait_for(lambda: own_fleet.runs("at_gate") == 1)
+        sent = chain(tasks.acked_late.s("b", 1), tasks.failed.s()).apply_async()
+        assert isinstance(sent.parent, AsyncResult)
+        first = sent.parent.id
+        wait_for(lambda: f"[{first}] received" in own_fleet.logs())
+        own_fleet.start(1)
+        sent.get(timeout=LIMIT)
+    ends(own_fleet, first)
+
+    assert own_fleet.runs(tasks.acked_late.name) == own_fleet.runs("failed") == 1
+
+
+def test_a_message_goes_back_to_the_queue_in_the_encoding_in_which_it_came(fleet: Workers) -> None:
+    fleet.rival.hold("one:a")
+    sent = tasks.counts.apply_async(("a", frozenset([1, 2])), serializer="pickle")
+    wait_for(lambda: f"[{sent.id}] retry: Retry in" in fleet.logs())
+    fleet.rival.let_go()
+
+    assert sent.get(timeout=LIMIT) == 2
+
+
+@pytest.mark.parametrize("task", [tasks.counts, tasks.counts_early])
+def test_a_message_that_can_not_be_sent_again_has_failed(task: Any, fleet: Workers) -> None:
+    """The receiver's words for an encoding are not always a sender's: here, one that only decodes."""
+    fleet.rival.hold("one:a")
+    sent = task.apply_async(("a", [1]), serializer="read-only")
+    with pytest.raises(Exception, match="this encoding is read only"):
+        sent.get(timeout=LIMIT)
+
+
+def test_a_skip_is_an_event(fleet: Workers) -> None:
+    """Also where nobody told the worker to send events: its pool's processes don't know."""
+    fleet.rival.hold("one:a")
+    sent: list[AsyncResult[str]] = []
+    seen: list[dict[str, Any]] = []
+
+    class Receiver(tasks.app.events.Receiver):  # type: ignore[name-defined,misc]  # made by the app
+        def on_consume_ready(self, *_: object, **__: object) -> None:
+            sent.append(tasks.skipping.delay("a"))
+
+        def see(self, event: dict[str, Any]) -> None:
+            seen.append(event)
+            self.should_stop = True
+
+    with tasks.app.connection_for_read(fleet.broker) as connection:
+        receiver = Receiver(connection)
+        receiver.handlers = {"task-skipped": receiver.see}
+        receiver.capture(limit=None, timeout=30, wakeup=False)
+
+    assert [(event["uuid"], event["lock_key"]) for event in seen] == [(sent[0].id, "one:a")]
