@@ -8,10 +8,11 @@ import logging
 import math
 import os
 import select
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
@@ -30,6 +31,7 @@ from concurrency_safe.core.errors import (
     LockLost,
 )
 from concurrency_safe.core.keys import Rendered, lock_key
+from concurrency_safe.core.options import MOST_SLOTS
 from concurrency_safe.core.ticks import TickRule, tick_rule
 from concurrency_safe.locks import HeldLock, lock
 from concurrency_safe.ownership import Footing
@@ -37,6 +39,7 @@ from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.doctor import examine
 from concurrency_safe.postgres.look import look
 from concurrency_safe.postgres.waiting import drive
+from concurrency_safe.processes import Process, running, with_descendants
 from concurrency_safe.spaces import ask, close_idle_sessions, django_connection, space_for
 from concurrency_safe.ticks import Tick, create_tables
 
@@ -66,6 +69,9 @@ BY_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGCONT, signal.SIGWINCH)
 
 #: What ends a wait for the lock.
 ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+
+#: What asks the command to end. A hangup may ask it for something else; it counts when the command dies of it.
+STOPPING = ENDING - {signal.SIGHUP}
 
 #: What Python ignores, and programs expect to die of.
 IGNORED_BY_PYTHON = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name))
@@ -111,7 +117,9 @@ class _Run(click.Command):
 )
 @click.option("--quiet", is_flag=True, help="Say nothing on a conflict.")
 @click.option("--shared", is_flag=True, help="Together with others who say so.")
-@click.option("--slots", metavar="N", type=click.IntRange(min=1), default=1, help="Most runs at once. Default: 1.")
+@click.option(
+    "--slots", metavar="N", type=click.IntRange(1, MOST_SLOTS), default=1, help="Most runs at once. Default: 1."
+)
 @click.option(
     "--min-hold",
     metavar="SECONDS",
@@ -165,12 +173,10 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter an option
     command: list[str] = ctx.obj or []
     if not command:
         raise click.UsageError("give the command behind --:  concurrency-safe run KEY -- command args...")
-    try:
-        rule = tick_rule(once_per, tick, retry_failed=retry_failed_tick)
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from error
-    if rule is not None and (how["shared"] or how["slots"] > 1):
-        raise click.UsageError("--once-per and --tick are for one run at a time; leave --shared and --slots out")
+    _refuse_what_is_no_time({"--wait": wait, "--min-hold": min_hold, "--grace": grace})
+    rule = _rule(once_per, tick, retry_failed=retry_failed_tick, alone=not how["shared"] and how["slots"] == 1)
+    if how["shared"] and how["slots"] > 1:
+        raise click.UsageError("--shared and --slots exclude each other: readers have no number, slots have one")
     with _the_store("not run"):
         job = _Job(command, min_hold, grace, rule)
         try:
@@ -180,6 +186,22 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter an option
         except LockLost as error:
             _leave(LOST, str(error))
     sys.exit(status)
+
+
+def _refuse_what_is_no_time(given: dict[str, float]) -> None:
+    for option, seconds in given.items():
+        if math.isnan(seconds):
+            raise click.UsageError(f"{option}=nan is no number of seconds")
+
+
+def _rule(once_per: str | None, tick: str | None, *, retry_failed: bool, alone: bool) -> TickRule | None:
+    try:
+        rule = tick_rule(once_per, tick, retry_failed=retry_failed)
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from error
+    if rule is not None and not alone:
+        raise click.UsageError("--once-per and --tick are for one run at a time; leave --shared and --slots out")
+    return rule
 
 
 @main.command()
@@ -206,6 +228,10 @@ def _the_store(failure: str) -> Iterator[None]:
     logging.getLogger("concurrency_safe").addHandler(logging.NullHandler())  # what it says, we say
     if django_is_configured():
         sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where manage.py would find the settings
+        try:
+            get_settings()
+        except Exception as error:  # noqa: BLE001 - whatever somebody's settings raise
+            _leave(NO_STORE, f"{failure}: Django's settings can't be read: {type(error).__name__}: {error}")
     try:
         yield
     except KeyTemplateError as error:
@@ -218,8 +244,13 @@ def _the_store(failure: str) -> Iterator[None]:
 
 def _leave(status: int, message: str) -> NoReturn:
     if message:
-        click.echo(f"concurrency-safe: {message}", err=True)
+        _say(message)
     sys.exit(status)
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # nobody reads it, which must not change the exit status
+        click.echo(f"concurrency-safe: {message}", err=True)
 
 
 @main.command()
@@ -293,8 +324,9 @@ def _run_locked(job: _Job, key: str, **how: Any) -> int:  # noqa: ANN401 - the o
         if not tick.claim():
             return 0
         status = _supervise(job, held, signals, wakeup)
-        if status == 0:
-            tick.succeed()
+        error = tick.succeed() if status == 0 else None
+        if error is not None:
+            _say(f"the command succeeded, which was not recorded: {error}")
         return status
 
 
@@ -305,25 +337,43 @@ def _supervise(job: _Job, held: HeldLock, signals: _Signals, wakeup: _Wakeup) ->
     """
     signals.collected = []
     until = time.monotonic() + job.min_hold
-    on_terminal = os.isatty(0)
+    on_terminal = os.isatty(0) or _has_the_foreground()
+    asked: set[int] = set()
     try:
         child = _Child(job.command, held, own_group=not on_terminal)
     except OSError as error:
-        click.echo(f"concurrency-safe: {job.command[0]}: {error.strerror}", err=True)
+        _say(f"{job.command[0]}: {error.strerror}")
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
     try:
         while child.is_running() and not held.is_lost:
             for number in signals.taken():
-                if not (on_terminal and number in BY_TERMINAL):
-                    child.send(number)
+                asked.add(number)
+                child.send(number, passed_on=not (on_terminal and number in BY_TERMINAL))
             wakeup.wait(LOOK)
     finally:
+        stopped = bool(asked & STOPPING) or child.status == -signal.SIGHUP
         if child.is_running():  # without the lock, or after an error of ours
             child.stop(job.grace, wakeup)
+        elif stopped:  # what it has left at work
+            child.stop(job.grace, wakeup, daemons=False)
+    if stopped:
+        until = 0.0
     while (left := until - time.monotonic()) > 0 and not held.is_lost and ENDING.isdisjoint(signals.taken()):
         wakeup.wait(min(left, LOOK))
     held.check()
     return child.status if child.status >= 0 else BY_SIGNAL - child.status
+
+
+def _has_the_foreground() -> bool:
+    """Say whether a terminal is ours to read from, although standard input is another: behind a pipe."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 class _Signals:
@@ -382,7 +432,9 @@ class _Wakeup:
 
     def wait(self, seconds: float) -> None:
         """Sleep until a signal or a ring, at most `seconds`."""
-        if select.select([self._reader], [], [], seconds)[0]:
+        poll = select.poll()  # not select(), which knows no more than 1024 files
+        poll.register(self._reader, select.POLLIN)
+        if poll.poll(seconds * 1000):
             with suppress(BlockingIOError):
                 os.read(self._reader, 4096)
 
@@ -401,13 +453,33 @@ class _Child:
         #: The exit status; -n: signal n. Before the end it means nothing.
         self.status = 0
         self._ended = False
-        copies = [fcntl.fcntl(socket, fcntl.F_DUPFD, HIGH_FD) for socket in held.sockets()]
+        self._daemons = True
+        copies = [_copy_high(socket) for socket in held.sockets()]
         try:
-            options: dict[str, Any] = {"setpgroup": 0} if own_group else {}
-            self._pid = os.posix_spawnp(command[0], command, os.environ, setsigdef=IGNORED_BY_PYTHON, **options)
+            self._pid = self._spawn(command)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            # A script that names no interpreter is the shell's, as execvp() has it.
+            self._pid = self._spawn(["/bin/sh", shutil.which(command[0]) or command[0], *command[1:]])
         finally:
             for copy in copies:
                 os.close(copy)
+        #: It and what it has started, as far as was looked.
+        self._tree: set[Process] = set()
+
+    def _spawn(self, command: list[str]) -> int:
+        if not command[0]:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        options: dict[str, Any] = {"setpgroup": 0} if self._own_group else {}
+        return os.posix_spawnp(command[0], command, os.environ, setsigdef=IGNORED_BY_PYTHON, **options)
+
+    def _look(self) -> None:
+        now = running()
+        itself = set() if self._ended or self._pid not in now else {now[self._pid]}
+        self._tree = with_descendants(self._tree | itself, now)
+        if not self._daemons:
+            self._tree = {each for each in self._tree if each.session == os.getsid(0)}
 
     def is_running(self) -> bool:
         """Look whether it has ended."""
@@ -418,15 +490,20 @@ class _Child:
                 self.status = os.waitstatus_to_exitcode(status)
         return not self._ended
 
-    def send(self, number: int) -> None:
-        """Send a signal to the command itself."""
-        os.kill(self._pid, number)
+    def send(self, number: int, *, passed_on: bool) -> None:
+        """Send a signal to the command itself, unless it has it already; what it started then is not forgotten."""
+        if number in ENDING:
+            self._look()
+        if passed_on:
+            os.kill(self._pid, number)
 
-    def stop(self, grace: float, wakeup: _Wakeup) -> None:
+    def stop(self, grace: float, wakeup: _Wakeup, *, daemons: bool = True) -> None:
         """End the command and what it has started: SIGTERM, `grace` seconds, SIGKILL.
 
-        On a terminal, where it shares a process group with us and others, the command alone.
+        That is its process group, where it has one of its own, and its descendants in others. `daemons`: also those in
+        a session of their own. Whose parent has ended before is no descendant any more.
         """
+        self._daemons = daemons
         self._send_all(signal.SIGTERM)
         self._send_all(signal.SIGCONT)  # a stopped one hears nothing
         until = time.monotonic() + grace
@@ -440,17 +517,30 @@ class _Child:
         return self.is_running() or self._send_all(0)
 
     def _send_all(self, number: int) -> bool:
-        """Signal the group, or without one the command; False: nobody is left."""
-        try:
-            if self._own_group:
-                os.killpg(self._pid, number)
-            elif self.is_running():
-                os.kill(self._pid, number)
-            else:
-                return False
-        except (ProcessLookupError, PermissionError):  # macOS refuses zombies
-            return False
-        return True
+        """Signal the group, and each descendant that is not in it; False: nobody is left."""
+        self._look()
+        apart = [each.pid for each in self._tree if not (self._own_group and each.group == self._pid)]
+        if not self._own_group and not self._tree and self.is_running():  # where the system doesn't tell
+            apart = [self._pid]
+        reached = [_reach(os.kill, pid, number) for pid in apart]
+        if self._own_group:
+            reached.append(_reach(os.killpg, self._pid, number))
+        return any(reached)
+
+
+def _reach(kill: Callable[[int, int], None], whom: int, number: int) -> bool:
+    try:
+        kill(whom, number)
+    except (ProcessLookupError, PermissionError):  # macOS refuses zombies
+        return False
+    return True
+
+
+def _copy_high(socket: int) -> int:
+    try:
+        return fcntl.fcntl(socket, fcntl.F_DUPFD, HIGH_FD)
+    except OSError:  # so many files are not allowed
+        return fcntl.fcntl(socket, fcntl.F_DUPFD, 3)
 
 
 if __name__ == "__main__":

@@ -487,6 +487,12 @@ class HeldLock:
                 _kept.difference_update([one for one in tuple(_kept) if one._ended_before(self._transaction)])
             _kept.add(self)
 
+    def _after_commit(self, call: Callable[[], object]) -> bool:
+        """Let Django do `call` after the commit of the transaction that holds the lock; False: none does."""
+        if self._transaction is not None:
+            self._transaction.after_commit(call)
+        return self._transaction is not None
+
     def _ended_before(self, later: TransactionLock) -> bool:
         return self._transaction is not None and self._transaction.ended_before(later)
 

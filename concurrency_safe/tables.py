@@ -84,16 +84,21 @@ def as_table(taken: Census) -> Group:
         state = ("held" if row.held else "waiting") + (", shared" if row.shared else "")
         seconds = "?" if row.since is None else duration(taken.now - row.since)
         table.add_row(
-            Text("" if key == last else key),
+            Text("" if key == last else _shown(key)),
             Text(state, style="" if row.held else "yellow"),
             seconds,
-            Text(row.host),
+            Text(_shown(row.host)),
             "" if row.pid is None else str(row.pid),
             str(row.backend_pid),
-            Text(row.work),
+            Text(_shown(row.work)),
         )
         last = key
     return Group(table, Text(summary, style="dim")) if taken.locks else Group(Text(summary, style="dim"))
+
+
+def _shown(text: str) -> str:
+    """Give `text` without what a terminal would take for a command."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def duration(seconds: float) -> str:

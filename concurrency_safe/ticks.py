@@ -63,19 +63,33 @@ class Tick:
         """See `claim`; the event loop goes on."""
         return self._claims(await aask(self._claim_steps))
 
-    def succeed(self) -> None:
-        """Write down that the run has succeeded. Where that fails it is logged: the run is over."""
-        try:
-            ask(self._succeed_steps)
-        except LockUnavailable as error:
-            self._warn(error)
+    def succeed(self) -> LockUnavailable | None:
+        """Write down that the run has succeeded: after the commit, when a transaction holds the lock.
+
+        Not when the lock was lost. Where it fails that is logged, and given: the run is over.
+        """
+        if self._held.is_lost:
+            return None
+        if not self._held._after_commit(self._record):
+            return self._record()
+        return None
 
     async def asucceed(self) -> None:
         """See `succeed`; the event loop goes on."""
+        if self._held.is_lost:
+            return
         try:
             await aask(self._succeed_steps)
         except LockUnavailable as error:
             self._warn(error)
+
+    def _record(self) -> LockUnavailable | None:
+        try:
+            ask(self._succeed_steps)
+        except LockUnavailable as error:
+            self._warn(error)
+            return error
+        return None
 
     def _claims(self, tick: float | None) -> bool:
         self._claimed = tick

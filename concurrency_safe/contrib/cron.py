@@ -7,8 +7,8 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
 from django.core.management.base import BaseCommand, CommandError, OutputWrapper
@@ -104,11 +104,21 @@ def _once_per_tick(fn: Callable[P, R], rule: TickRule, told: Callable[[], object
         if not tick.claim():
             told()
             return None
-        result = fn(*args, **kwargs)
-        tick.succeed()
-        return result
+        return _recorded(tick, partial(fn, *args, **kwargs))
 
     return once
+
+
+def _recorded(tick: Tick, run: Callable[[], R]) -> R:
+    try:
+        result = run()
+    except SystemExit as leaving:
+        if not leaving.code:
+            tick.succeed()
+        raise
+    if not inspect.iscoroutine(result):  # which the guard refuses: nothing has run
+        tick.succeed()
+    return result
 
 
 def _tick(rule: TickRule) -> Tick | None:
@@ -163,7 +173,8 @@ async def _arest(until: float) -> None:
         return
     held.on_lost(lambda _: lost.set())
     if not held.is_lost:
-        await asyncio.wait([asyncio.ensure_future(lost.wait())], timeout=max(0.0, until - time.monotonic()))
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(lost.wait(), max(0.0, until - time.monotonic()))
 
 
 class GuardedCommand(BaseCommand):
@@ -224,7 +235,13 @@ class GuardedCommand(BaseCommand):
 
             def enter(*args: Any, **options: Any) -> Any:
                 entered.set()
-                return body(*args, **options)
+                try:
+                    return body(*args, **options)
+                except SystemExit as leaving:
+                    held = current_lock()
+                    if held is not None and not leaving.code:
+                        held.check()  # a success is none when the lock was lost
+                    raise
 
             job = _once_per_tick(enter, rule, lambda: tell("it was run in this period already")) if rule else enter
             return guard.run_as(KeyTemplate(guard.key, body), job, args, options, verbs)

@@ -80,11 +80,12 @@ def tick_time(tick: object) -> float:
     try:
         # Python 3.10 knows no Z.
         moment = datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", text))
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
+        seconds = None if moment.tzinfo is None else moment.astimezone(timezone.utc).timestamp()
+    except (ValueError, OverflowError):
+        seconds = None
+    if seconds is None:
         raise ConfigurationError(
             f"tick={text!r} is no point in time: give ISO 8601 with its offset (2026-03-29T01:30:00Z), or seconds "
             "since 1970 (date +%s)"
         )
-    return moment.astimezone(timezone.utc).timestamp()
+    return seconds

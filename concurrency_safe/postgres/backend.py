@@ -29,6 +29,9 @@ from .watch import watch
 #: Seconds between two looks for a free slot, by the one waiter at the head of the queue: the first, and the most.
 FIRST_LOOK, LAST_LOOK = 0.01, 0.1
 
+#: How often one try for a slot looks again, when a slot is free and somebody else is at the gate.
+TRIES = 5
+
 
 class PostgresBackend:
     """Locks of one database, for one process."""
@@ -65,6 +68,8 @@ class PostgresBackend:
             grant = yield from self._try(borrower, request, numbers)
             if grant is None and request.timeout != 0:
                 grant = yield from self._wait(borrower, request, numbers)
+            elif grant is None and request.slots > 1:
+                grant = yield from self._try_slots_again(borrower, request, numbers)
             if grant is not None:
                 self._confirm(borrower, holds, grant, numbers)
                 yield from self.pool.free(borrower)
@@ -85,6 +90,20 @@ class PostgresBackend:
                 if not used:
                     raise
                 yield from self._end(borrower)
+
+    def _try_slots_again(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
+        """Try a few times more while a slot is free: who tries holds the gate for an instant, in others' way."""
+        session: LockSession = borrower.session
+        name = session_name(borrower.work)
+        for _ in range(TRIES):
+            holders = holders_of((yield from session.holders(sql.HOLDERS, numbers[1:])))
+            if len(holders) >= request.slots:
+                break
+            yield from protocol.pause(borrower.gate, time.monotonic() + FIRST_LOOK)
+            grant = yield from session.try_acquire(request, numbers, name, "slot", fenced=self._options.fencing)
+            if grant is not None:
+                return grant
+        return None
 
     def _wait(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
         """Block on a session that holds nothing; it keeps the lock then."""

@@ -90,7 +90,7 @@ def answers(session: LockSession) -> Iterator[bytes]:
         texts.append((*session.last, None))
     piece: list[bytes] = []
     for number, key, seconds in texts:
-        text = json.dumps([number, key.number, key.text[:1000], seconds]).encode()
+        text = json.dumps([number, key.number, _cut(key.text), seconds]).encode()
         if sum(map(len, piece)) + len(text) > _ANSWER:
             yield b"[%s]" % b",".join(piece)
             piece = []
@@ -98,6 +98,14 @@ def answers(session: LockSession) -> Iterator[bytes]:
     if piece:
         yield b"[%s]" % b",".join(piece)
     yield b"[]"
+
+
+def _cut(text: str) -> str:
+    """Give a key's text, or its beginning with a sign, so that it fits a notification also when it is escaped."""
+    kept = text[:1000]
+    while len(json.dumps(kept)) > _ANSWER - 200:
+        kept = kept[: len(kept) // 2]
+    return kept if kept == text else f"{kept}…"
 
 
 def take_census(backend: PostgresBackend, borrower: Borrower, named: Sequence[LockKey]) -> Steps[Census]:

@@ -42,16 +42,18 @@ def examine(backend: PostgresBackend, borrower: Borrower, *, fencing: bool) -> S
         yield from backend.pool.free(borrower)
     except (ServerGoneError, ServerRefusedError) as error:
         raise LockUnavailable(f"the lock store can't be examined: {str(error).strip()}") from error
-    version, user, sees, ticks, fence, used, room, connections, most, database = (
-        (row.get_value(0, column) or b"").decode() for column in range(10)
+    version, user, _, _, used, room, connections, most, database = (
+        (row.get_value(0, column) or b"").decode() for column in range(9)
     )
+    ticks, fence = row.get_value(0, 2), row.get_value(0, 3)
     pooled = session.capacity == 0
     findings = [
         Finding(f"PostgreSQL {version}, database {database}, user {user}; it is no standby"),
         Finding(f"locks are held by {'open transactions, behind a pooler' if pooled else 'sessions of our own'}"),
-        _names(user, sees=sees == "t"),
-        _there("the table of ticks", ticks == "t", wanted=False, what_for="once_per, --once-per and --tick need it"),
-        _there("the sequence of fencing tokens", fence == "t", wanted=fencing, what_for="the setting FENCING needs it"),
+        _ours(f"the table of ticks, {sql.TICK},", ticks, user, "once_per, --once-per and --tick need it", wanted=False),
+        _ours(
+            f"the sequence of fencing tokens, {sql.FENCE},", fence, user, "the setting FENCING needs it", wanted=fencing
+        ),
         _room("lock table", int(used), int(room), "hold fewer locks at a time, or raise max_locks_per_transaction"),
         _room("connections", int(connections), int(most), "close some, or raise max_connections"),
     ]
@@ -68,21 +70,21 @@ def examine(backend: PostgresBackend, borrower: Borrower, *, fencing: bool) -> S
     return findings
 
 
-def _names(user: str, *, sees: bool) -> Finding:
-    if sees:
-        return Finding("the holder of a lock can be named, whoever it is")
-    return Finding(
-        f"{user} may not see the sessions of other users: a lock that one of them holds has no host and no pid",
-        f"GRANT pg_read_all_stats TO {user}",
-    )
-
-
-def _there(what: str, there: bool, *, wanted: bool, what_for: str) -> Finding:  # noqa: FBT001 - the fact itself
-    if there:
+def _ours(what: str, lacks: bytes | None, user: str, what_for: str, *, wanted: bool) -> Finding:
+    """Say whether a table is there and may be used; `lacks`: which privileges are missing, None: there is no table."""
+    if lacks is None:
+        return Finding(
+            f"{what} is not there; {what_for}",
+            "python manage.py migrate concurrency_safe, or concurrency-safe init",
+            grave=wanted,
+        )
+    if not lacks:
         return Finding(f"{what} is there")
+    kind, name = ("SEQUENCE", sql.FENCE) if lacks == b"USAGE" else ("TABLE", sql.TICK)
+    privileges = lacks.decode()
     return Finding(
-        f"{what} is not there; {what_for}",
-        "python manage.py migrate concurrency_safe, or concurrency-safe init",
+        f"{user} may not use {what} (no {privileges}); {what_for}",
+        f"GRANT {privileges} ON {kind} {name} TO {user}",
         grave=wanted,
     )
 

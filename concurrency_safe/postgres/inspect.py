@@ -68,9 +68,10 @@ class Holder(NamedTuple):
 
 
 def holders_of(result: PGresult) -> list[Holder]:
-    """Read the rows of `sql.HOLDERS`."""
+    """Read the rows of `sql.HOLDERS`; a prepared transaction has no process that could be named."""
     texts = [
         [(result.get_value(row, column) or b"").decode(errors="replace") for column in range(3)]
         for row in range(result.ntuples)
+        if result.get_value(row, 0) is not None
     ]
     return [Holder(int(pid), application, address) for pid, application, address in texts]

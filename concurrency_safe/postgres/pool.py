@@ -126,7 +126,7 @@ class SessionPool:
                 if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
                     waiting.gate.open()
                     break
-            if len(self.sessions) > min(self._kept, 1):  # the only one was just used
+            if len(self.sessions) > min(self._kept, 1) or not self._max_idle:  # else the only one, just used
                 self.prune()
         if session.dead:
             self.forget(session)

@@ -283,7 +283,8 @@ def complete_conninfo(dsn: str) -> str:
         given = conninfo.conninfo_to_dict(dsn)
     except ProgrammingError:  # whose words repeat a part of it
         given = {"port": "?"}
-    if not re.fullmatch("[0-9,]*", str(given.get("port") or "")):  # or a part of a password with a / in it
+    # Or a part of a password with a / or a @ in it.
+    if not re.fullmatch("[0-9,]*", str(given.get("port") or "")) or "@" in str(given.get("host") or "")[1:]:
         scheme, is_url, _ = dsn.partition("://")
         wrong = is_url and re.fullmatch("(?!postgres(ql)?$)[a-z+0-9]+", scheme)
         raise ConfigurationError(

@@ -25,12 +25,16 @@ CREATE_FENCE = f"CREATE SEQUENCE IF NOT EXISTS {FENCE} AS bigint CACHE 1"
 DROP_FENCE = f"DROP SEQUENCE IF EXISTS {FENCE}"
 
 #: The table of ticks: a row for each scheduled run that was begun. `key` is the number of the job's lock, `tick` the
-#: scheduled time; `succeeded` is null while it runs, and for ever when it failed or its process died.
+#: scheduled time; `succeeded` is null while it runs, and for ever when it failed or its process died; `asked` is the
+#: scheduled time of the last run that was left out for it.
 TICK = "concurrency_safe_tick"
 CREATE_TICK = f"""CREATE TABLE IF NOT EXISTS {TICK} (
   key bigint NOT NULL, tick timestamptz NOT NULL, name text NOT NULL, host text NOT NULL, pid integer NOT NULL,
-  started timestamptz NOT NULL, succeeded timestamptz, PRIMARY KEY (key, tick))"""
+  started timestamptz NOT NULL, succeeded timestamptz, asked timestamptz, PRIMARY KEY (key, tick))"""
 DROP_TICK = f"DROP TABLE IF EXISTS {TICK}"
+
+#: Seconds; by the last of them the clocks of two hosts may differ.
+DAY, HOUR, SKEW = 86400, 3600, 60
 
 #: How long a tick is remembered past its time, and past its run.
 TICK_KEPT = "30 days"
@@ -167,14 +171,17 @@ FULLNESS = b"""SELECT (SELECT count(*) FROM pg_locks WHERE NOT fastpath),
   (current_setting('max_connections')::int8 + current_setting('max_prepared_transactions')::int8),
   extract(epoch FROM clock_timestamp())"""
 
-#: What `doctor` asks: version, user, who may read whose sessions, our tables, the lock table, connections.
+#: What `doctor` asks: version, user, our tables, the lock table, connections. Of a table: what the user may not do with
+#: it, '' when nothing lacks, null when there is none.
 EXAMINE = f"""SELECT current_setting('server_version'), current_user,
-  pg_has_role(current_user, 'pg_read_all_stats', 'USAGE')
-    OR NOT EXISTS (SELECT FROM pg_stat_activity WHERE usename <> current_user AND usename IS NOT NULL),
-  to_regclass('{TICK}') IS NOT NULL, to_regclass('{FENCE}') IS NOT NULL,
+  (SELECT coalesce(string_agg(what, ', ') FILTER (WHERE NOT has_table_privilege(ours, what)), '')
+     FROM to_regclass('{TICK}') ours, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) what
+    WHERE ours IS NOT NULL HAVING count(*) > 0),
+  (SELECT CASE WHEN has_sequence_privilege(ours, 'USAGE') THEN '' ELSE 'USAGE' END
+     FROM to_regclass('{FENCE}') ours WHERE ours IS NOT NULL),
   (SELECT count(*) FROM pg_locks WHERE NOT fastpath), current_setting('max_locks_per_transaction')::int8 *
   (current_setting('max_connections')::int8 + current_setting('max_prepared_transactions')::int8),
-  (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+  (SELECT sum(numbackends) FROM pg_stat_database),
   current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8,
   current_database()""".encode()  # noqa: S608 - no input of anybody's
 
@@ -233,9 +240,9 @@ def session_setup(server_version: int, pid: int | None, *, check_interval: bool 
 def claim_tick(rule: TickRule, number: int, waited: float, name: str, host: str, pid: int) -> str:
     """Give the statement that writes down the tick of now, unless it is there; its one row: the tick, in seconds.
 
-    Two runs are of one tick when they were scheduled in the same period of UTC. A day of local time can fall into the
-    same day of UTC as the one before, where the clocks go forward: so of two runs that are nearly a period apart the
-    later one is a tick of its own.
+    Two runs are of one tick when they were scheduled in the same period of UTC. But a job that is started once a day by
+    local time can be started twice in one day of UTC, where the clocks go forward: so a run a day less one hour after
+    the first one is a tick of its own, unless the job was started in between, too.
     """
     due = f"floor((extract(epoch FROM clock_timestamp()) - {waited:.6f}) / {rule.grain} + 0.5) * {rule.grain}"
     if rule.tick is not None:
@@ -245,10 +252,12 @@ def claim_tick(rule: TickRule, number: int, waited: float, name: str, host: str,
         period = f"interval '{rule.period} seconds'"
         same = (
             f"t.tick > due.tick - {period} AND t.tick < due.tick + {period} "
-            f"AND abs(extract(epoch FROM t.tick - due.tick)) < {rule.period} * 11 / 12.0 "
             f"AND floor(extract(epoch FROM t.tick) / {rule.period}) "
             f"= floor(extract(epoch FROM due.tick) / {rule.period})"
         )
+        if rule.period % DAY == 0:
+            nearly = f"{period} - interval '{HOUR + SKEW} seconds'"
+            same += f" AND (t.asked > t.tick + interval '{2 * HOUR} seconds' OR due.tick < t.tick + {nearly})"
     again = f"succeeded IS NULL AND {'true' if rule.retry_failed else 'false'}"
     return f"""WITH due AS MATERIALIZED (SELECT to_timestamp({due}) AS tick),
 same AS MATERIALIZED (SELECT t.tick FROM {TICK} t, due WHERE t.key = {number} AND {same} ORDER BY t.tick DESC LIMIT 1),
@@ -256,7 +265,9 @@ again AS (UPDATE {TICK} t SET started = clock_timestamp(), host = {host}, pid = 
   FROM same WHERE t.key = {number} AND t.tick = same.tick AND {again} RETURNING t.tick),
 fresh AS (INSERT INTO {TICK} (key, tick, name, host, pid, started)
   SELECT {number}, due.tick, {name}, {host}, {pid}, clock_timestamp() FROM due
-  WHERE NOT EXISTS (SELECT FROM same) RETURNING tick)
+  WHERE NOT EXISTS (SELECT FROM same) RETURNING tick),
+asked AS (UPDATE {TICK} t SET asked = due.tick
+  FROM same, due WHERE t.key = {number} AND t.tick = same.tick AND NOT ({again}))
 SELECT extract(epoch FROM tick) FROM (TABLE again UNION ALL TABLE fresh) claimed"""  # noqa: S608 - quoted, or numbers
 
 

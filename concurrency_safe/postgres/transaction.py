@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from psycopg import Connection, pq
@@ -72,6 +72,11 @@ class TransactionLock:
         return self._connection is other._connection and (
             self._transaction is not other._transaction or self._hooks is not other._hooks
         )
+
+    def after_commit(self, call: Callable[[], object]) -> None:
+        """Let Django do `call` after the commit; never after a rollback."""
+        self._connection.on_commit(call)
+        self._hooks = self._connection.run_on_commit
 
     def _is_held(self) -> bool:
         from django.db import Error

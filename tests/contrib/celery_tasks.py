@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from typing import Any
 
 import psycopg
@@ -200,23 +199,6 @@ def retries_never(self: Any, key: str) -> None:
 def fails_and_is_requeued(self: Any, key: str) -> None:
     note_attempt(self)
     raise ValueError("body")
-
-
-@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict="skip", bind=True, max_retries=1)
-def retries_itself_soon(self: Any, key: str) -> str:
-    """Unwind about when the next attempt starts."""
-    if self.request.retries == 0:
-        retry = self.retry(countdown=0, throw=False)
-        write("SELECT pg_sleep(%s)", random.uniform(0, 0.02))
-        raise retry
-    return "done"
-
-
-@app.task(base=ConcurrencySafeTask, lock_key="own:{key}", on_conflict="raise", bind=True)
-def replaces_itself(self: Any, key: str, times: int) -> str:
-    if times:
-        raise self.replace(self.si(key, times - 1))
-    return "done"
 
 
 @app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=SOON)

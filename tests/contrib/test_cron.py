@@ -112,7 +112,12 @@ def test_min_hold_keeps_the_lock_of_a_coroutine(rival: Rival) -> None:
             raise error
         return time.monotonic()
 
-    ended = asyncio.run(report())
+    async def alone() -> float:
+        ended = await report()
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # nobody waits any more for a loss
+        return ended
+
+    ended = asyncio.run(alone())
     assert time.monotonic() - ended > 0.15
     assert rival.is_free("report")
 
@@ -276,6 +281,32 @@ def test_a_lost_lock_is_told_by_76(manage: Run, store: LockStore) -> None:
     status, _, err = end(process)
     assert status == 76
     assert "was lost while it was held" in err
+
+
+@pytest.mark.parametrize("arguments", [["nightly"], ["guarded", "plain"]])
+def test_a_lost_lock_is_told_also_when_the_command_exits_with_success(
+    manage: Run, store: LockStore, arguments: list[str]
+) -> None:
+    for code, expected in ((0, 76), (3, 3)):  # a failure says more
+        process = manage(*arguments, "--until-eof", "--status", str(code))
+        assert process.stdout
+        process.stdout.readline()
+        cut_sessions(store)
+        status, _, err = end(process)
+        assert status == expected
+        assert "was lost while it was held" in err
+
+
+def test_an_empty_lock_key_is_refused() -> None:
+    with pytest.raises(CommandError, match="--lock-key is empty") as caught:
+        call_command("guarded", "check", lock_key="")
+    assert caught.value.returncode == 2
+
+
+def test_call_command_may_wait_for_ever(dsn: str) -> None:
+    out = StringIO()
+    call_command("guarded", "check", wait=None, stdout=out)
+    assert "no issues" in out.getvalue()
 
 
 def test_call_command_raises_with_the_return_code(rival: Rival) -> None:

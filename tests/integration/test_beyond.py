@@ -26,6 +26,7 @@ from concurrency_safe import (
 from concurrency_safe.core.keys import lock_key, slot_numbers
 from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.memory import MemoryBackend
+from concurrency_safe.postgres import backend
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.sql import CREATE_FENCE
 from concurrency_safe.testing import PostgresServer
@@ -164,6 +165,25 @@ with lock("line", slots=2, timeout=None) as held:
         thread.join()
     tokens = [int(said[number]) for number in range(5)]
     assert tokens == sorted(tokens)
+
+
+def test_one_try_for_a_slot_waits_out_who_tries_just_then(store: LockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = slot_numbers(lock_key("line"), 2)[0]
+    store.connection.execute("SELECT pg_advisory_lock(%s)", [gate])
+    with pytest.raises(LockAcquireTimeout):
+        lock("line", slots=2, timeout=0).acquire()
+
+    monkeypatch.setattr(backend, "TRIES", 10_000)
+
+    def leave_when_asked() -> None:
+        asks = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cs:%%' AND query LIKE %s"
+        wait_for(lambda: store.connection.execute(asks, ["%pg_locks%"]).fetchone() == (1,))
+        store.connection.execute("SELECT pg_advisory_unlock(%s)", [gate])
+
+    thread = threading.Thread(target=leave_when_asked)
+    thread.start()
+    with lock("line", slots=2, timeout=0):
+        thread.join()
 
 
 def test_the_slots_of_many_keys_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

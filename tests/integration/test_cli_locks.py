@@ -203,6 +203,19 @@ def test_many_keys_are_told_in_several_pieces(dsn: str) -> None:
         assert {row.key for row in census([]).locks} == keys
 
 
+def test_a_key_that_is_long_or_strange_is_told_and_shown(dsn: str) -> None:
+    configure(dsn=dsn)
+    with lock("\U0001f512" * 700), lock("x" * 3000), lock("e\x1b[31mred\n"):
+        keys = sorted(row.key or "?" for row in census([]).locks)
+        _, out, _ = locks(dsn)
+    assert keys[0] == "e\x1b[31mred\n"
+    assert keys[1] == "x" * 1000 + "…"
+    assert keys[2].startswith("\U0001f512" * 100)
+    assert keys[2].endswith("\U0001f512…")
+    assert "\x1b" not in out
+    assert "e\\x1b[31mred\\n" in out
+
+
 def test_questions_that_are_none_cost_nobody_a_lock(dsn: str, store: LockStore) -> None:
     configure(dsn=dsn)
     with lock("job") as held:

@@ -96,6 +96,7 @@ def is_alive(pid: int) -> bool:
         (["no-such-command"], 127, "concurrency-safe: no-such-command: No such file or directory\n"),
         (["/"], 126, "concurrency-safe: /: Permission denied\n"),
         ([__file__], 126, f"concurrency-safe: {__file__}: Permission denied\n"),
+        ([""], 127, "concurrency-safe: : No such file or directory\n"),
     ],
 )
 def test_the_exit_status_is_the_commands_own(
@@ -248,6 +249,11 @@ def test_a_service_file_names_the_store_and_its_password(
         (["job", "true"], "unexpected extra argument"),
         (["job", "--wait=soon", "--", "true"], "'soon' is not a valid float"),
         (["", "--", "true"], "a key must not be empty"),
+        (["job", "--shared", "--slots=2", "--", "true"], "exclude each other"),
+        (["job", "--slots=9999", "--", "true"], "1<=x<=1000"),
+        (["job", "--wait=nan", "--", "true"], "--wait=nan is no number of seconds"),
+        (["job", "--grace=nan", "--", "true"], "--grace=nan is no number of seconds"),
+        (["job", "--tick=0001-01-01T00:00:00+14:00", "--", "true"], "is no point in time"),
     ],
 )
 def test_a_wrong_command_line_is_an_error_of_usage(run: Run, arguments: list[str], message: str) -> None:
@@ -285,6 +291,66 @@ def test_a_command_that_a_passed_signal_ends(run: Run, rival: Rival) -> None:
     process.terminate()
     assert process.wait(30) == 143  # not `end`: its end of input would end the command, too
     assert rival.is_free("job")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_command_that_a_signal_ends_leaves_nothing_at_work(run: Run, rival: Rival, number: signal.Signals) -> None:
+    """Its children are stopped before the lock is released; a daemon has cut itself off, and goes on."""
+    script = "sleep 60 & echo $!; timeout 60 sleep 60 & echo $!; setsid sleep 60 & echo $!; echo; wait"
+    process = run("--grace=5", "--min-hold=60", "job", "--", *SHELL, script)
+    *pids, daemon = (int(said(process)) for _ in range(3))
+    assert process.stdout
+    assert process.stdout.readline() == "\n"
+    try:
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert not any(map(is_alive, pids))
+        assert rival.is_free("job")
+    finally:
+        os.kill(daemon, signal.SIGKILL)
+
+
+def test_a_script_that_names_no_interpreter_is_the_shells(run: Run, tmp_path: Path) -> None:
+    script = tmp_path / "job"
+    script.write_text('echo "$1"\n')
+    script.chmod(0o755)
+    assert end(run("job", "--", str(script), "ran")) == (0, "ran\n", "")
+    assert end(run("job", "--", "job", "found", PATH=f"{tmp_path}:{os.environ['PATH']}")) == (0, "found\n", "")
+
+
+@pytest.mark.parametrize("stream", ["a closed pipe", "a full disk"])
+def test_the_exit_status_stays_when_nobody_reads_the_message(dsn: str, rival: Rival, stream: str) -> None:
+    rival.hold("job")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "job", "--", "true"],
+            stderr=full if stream == "a full disk" else writer,
+            env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
+            check=False,
+        )
+    os.close(writer)
+    assert done.returncode == 75
+
+
+def test_it_works_with_few_files_and_with_many(dsn: str) -> None:
+    many = 'for n in $(seq 10 1100); do eval "exec $n</dev/null"; done; exec "$@"'
+    for limit, script in (("64", 'exec "$@"'), ("3000", many)):
+        done = subprocess.run(
+            ["/bin/bash", "-c", f"ulimit -n {limit}; {script}", "-", *PROGRAM, "job", "--", "echo", "ran"],
+            capture_output=True,
+            text=True,
+            env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
+
+
+def test_settings_that_can_not_be_read_are_no_lock_store(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "broken_settings.py").write_text("{}['SECRET']")
+    process = run("job", "--", "true", DJANGO_SETTINGS_MODULE="broken_settings", PYTHONPATH=str(tmp_path))
+    assert end(process) == (69, "", "concurrency-safe: not run: Django's settings can't be read: KeyError: 'SECRET'\n")
 
 
 def test_what_it_was_started_to_ignore_the_command_ignores_too(dsn: str) -> None:
@@ -357,6 +423,30 @@ def test_on_a_terminal_the_command_gets_one_interrupt(at_terminal: Callable[...,
     assert terminal.process.wait(30) == 7
 
 
+def test_a_command_behind_a_pipe_may_read_from_the_terminal(dsn: str) -> None:
+    """As those do that ask for a password."""
+    ours, theirs = pty.openpty()
+    command = [*PROGRAM, "job", "--", "sh", "-c", "echo ready; read line </dev/tty; echo got $line"]
+    process = subprocess.Popen(
+        [*SHELL, 'name="$0"; exec <"$name" >"$name"; true | "$@"', os.ttyname(theirs), *command],
+        env={**bare_environment(), "CONCURRENCY_SAFE_DSN": dsn},
+        start_new_session=True,
+    )
+    try:
+        screen = b""
+        while b"ready" not in screen:
+            screen += os.read(ours, 1)
+        os.write(ours, b"hello\n")
+        while b"got hello" not in screen:
+            screen += os.read(ours, 1)
+        assert process.wait(30) == 0
+    finally:
+        os.close(theirs)
+        os.close(ours)
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("heard", [[], ["SIGTERM"]], ids=["it listens", "it is deaf"])
 def test_on_a_terminal_a_lost_lock_ends_the_command_alone(
     at_terminal: Callable[..., Terminal], store: LockStore, heard: list[str]
@@ -389,8 +479,12 @@ def test_a_lost_lock_ends_the_command(run: Run, store: LockStore) -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ['trap "" TERM; sleep 60 & echo $!; echo $$; wait', '(trap "" TERM; exec sleep 60) & echo $!; echo $$; wait'],
-    ids=["both deaf", "the child deaf"],
+    [
+        'trap "" TERM; sleep 60 & echo $!; echo $$; wait',
+        '(trap "" TERM; exec sleep 60) & echo $!; echo $$; wait',
+        'timeout 60 sh -c "trap : TERM; echo \\$\\$; sleep 60; sleep 60" & echo $$; wait',
+    ],
+    ids=["both deaf", "the child deaf", "a group of its own"],
 )
 def test_a_lost_lock_ends_what_the_command_has_started(run: Run, store: LockStore, script: str) -> None:
     process = run("--grace=0.3", "job", "--", *SHELL, script)

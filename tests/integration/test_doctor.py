@@ -62,10 +62,10 @@ def test_what_is_missing_is_told_with_the_remedy(dsn: str, store: LockStore) -> 
     try:
         status, out, _ = diagnosis(dsn)
         assert status == 0
-        assert "advice  the table of ticks is not there; once_per" in out
+        assert "advice  the table of ticks, concurrency_safe_tick, is not there; once_per" in out
         assert "        -> python manage.py migrate concurrency_safe, or concurrency-safe init" in out
         assert [one.fact for one in findings(dsn, fencing=True) if one.grave] == [
-            "the sequence of fencing tokens is not there; the setting FENCING needs it"
+            "the sequence of fencing tokens, concurrency_safe_fence, is not there; the setting FENCING needs it"
         ]
     finally:
         store.connection.execute(f"{CREATE_TICK}; {CREATE_FENCE}")
@@ -75,7 +75,15 @@ def test_a_user_without_privileges(dsn: str, store: LockStore) -> None:
     store.connection.execute("CREATE ROLE plain LOGIN PASSWORD 'dark'")
     theirs = make_conninfo(dsn, user="plain", password="dark")
     try:
-        assert "GRANT pg_read_all_stats TO plain" in [one.remedy for one in findings(theirs)]
+        store.connection.execute("GRANT SELECT, UPDATE ON concurrency_safe_tick TO plain")
+        seen = findings(theirs, fencing=True)
+        assert [(one.remedy, one.grave) for one in seen if one.remedy] == [
+            ("GRANT INSERT, DELETE ON TABLE concurrency_safe_tick TO plain", False),
+            ("GRANT USAGE ON SEQUENCE concurrency_safe_fence TO plain", True),
+        ]
+        # The connections of others count, too.
+        (connections,) = [one.fact for one in seen if one.fact.startswith("connections: ")]
+        assert int(connections.split()[1]) > store.sessions()
         store.connection.execute("REVOKE SELECT ON pg_locks FROM PUBLIC")
         with pytest.raises(LockUnavailable, match="can't be examined: permission denied"):
             findings(theirs)
@@ -86,7 +94,7 @@ def test_a_user_without_privileges(dsn: str, store: LockStore) -> None:
         wait_for(
             lambda: store.connection.execute("SELECT 1 FROM pg_stat_activity WHERE usename = 'plain'").rowcount == 0
         )
-        store.connection.execute("DROP ROLE plain")
+        store.connection.execute("DROP OWNED BY plain; DROP ROLE plain")
 
 
 def shorten_timeout(backend: PostgresBackend, borrower: Footing) -> Steps[None]:

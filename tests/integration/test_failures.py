@@ -308,6 +308,7 @@ def test_hosts_and_ports_that_do_not_fit_are_refused_by_name(dsn: str) -> None:
         "postgis://me:secret@host/x",
         "postgresql+psycopg://me:secret@host/x",
         "postgresql://me:secret/@host/x",
+        "postgresql://me:hidden@secret@host/x",
         "host=h password='secret",
         "host=h password=secret secret",
     ],

@@ -7,16 +7,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from io import StringIO
+from typing import Any, cast
 from zoneinfo import ZoneInfo
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connection
+from django.db import connection, transaction
 from psycopg.conninfo import make_conninfo
 
-from concurrency_safe import ConfigurationError, LockUnavailable, configure
+from concurrency_safe import ConfigurationError, LockLost, LockUnavailable, configure
 from concurrency_safe.contrib.cron import GuardedCommand, cron_guard, last_success
 from concurrency_safe.postgres.sql import CREATE_TICK
 from concurrency_safe.ticks import create_tables
@@ -170,6 +172,17 @@ def test_a_daily_job_that_is_started_again_on_the_same_day_does_nothing(clock: C
     assert counted(clock, "day", [nine + timedelta(hours=14), nine + timedelta(days=1)]) == 2
 
 
+def test_a_daily_job_that_is_started_every_hour_runs_once_a_day(clock: Clock) -> None:
+    assert counted(clock, "day", [START + timedelta(hours=number) for number in range(72)]) == 3
+
+
+@pytest.mark.parametrize(("once_per", "step"), [("hour", 300), ("900s", 60), ("minute", 5), ("90s", 30)])
+def test_a_job_that_is_started_often_runs_once_in_each_period(clock: Clock, once_per: str, step: int) -> None:
+    starts = [START + timedelta(seconds=second) for second in range(0, 7200, step)]
+    seconds = {"hour": 3600, "900s": 900, "minute": 60, "90s": 90}[once_per]
+    assert counted(clock, once_per, starts) in {7200 // seconds, 7200 // seconds + 1}  # the last may round up
+
+
 # One tick.
 
 
@@ -277,6 +290,61 @@ def test_a_failed_run_is_repeated_only_on_request(clock: Clock) -> None:
     again(fail=False)
     assert runs == [True, True, False]
     assert last_success("job") == START
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_run_that_lost_its_lock_is_no_success(clock: Clock, store: LockStore, *, is_async: bool) -> None:
+    def cut() -> None:
+        store.connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
+        )
+
+    async def acut() -> None:
+        cut()
+
+    job: Any = cron_guard("job", once_per="hour", retry_failed_tick=True)(acut if is_async else cut)
+    for _ in range(2):  # again, since it was none
+        with pytest.raises(LockLost):
+            asyncio.run(job()) if is_async else job()
+    assert last_success("job") is None
+
+
+def test_a_run_that_was_rolled_back_is_no_success(clock: Clock) -> None:
+    runs: list[int] = []
+    job = cron_guard("job", once_per="hour", retry_failed_tick=True)(runs.append)
+    configure(dsn=None)  # the transaction holds the lock, hence the store is Django's
+    with transaction.atomic():
+        job(1)
+        transaction.set_rollback(True)
+    assert last_success("job") is None
+    with transaction.atomic():
+        job(2)
+        assert last_success("job") is None
+    assert runs == [1, 2]
+    assert last_success("job") is not None
+
+
+def test_what_has_not_run_is_no_success(clock: Clock) -> None:
+    async def job() -> None: ...
+
+    with pytest.raises(ConfigurationError, match="returned a coroutine"):
+        cron_guard("job", once_per="hour")(lambda: cast("object", job()))()
+    assert last_success("job") is None
+
+
+@pytest.mark.parametrize(("code", "runs"), [(0, 1), (None, 1), (3, 2)])
+def test_an_exit_with_success_is_one(clock: Clock, code: int | None, runs: int) -> None:
+    seen: list[int | None] = []
+
+    @cron_guard("job", once_per="hour", retry_failed_tick=True)
+    def job() -> None:
+        seen.append(code)
+        sys.exit(code)
+
+    for _ in range(2):
+        with suppress(SystemExit):
+            job()
+    assert len(seen) == runs
 
 
 def test_the_wait_for_the_lock_does_not_make_a_later_tick(clock: Clock, store: LockStore, rival: Rival) -> None:

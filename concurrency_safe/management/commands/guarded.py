@@ -64,8 +64,10 @@ class Command(GuardedCommand):
         """
         if not options["command_line"]:
             raise CommandError("name the command to run: manage.py guarded clearsessions", returncode=USAGE)
-        key = options["lock_key"] or options["command_line"][0]
-        wait = options["wait"]
+        key = options["command_line"][0] if options["lock_key"] is None else options["lock_key"]
+        if not key:
+            raise CommandError("--lock-key is empty; leave it out for the command's name", returncode=USAGE)
+        wait = math.inf if options["wait"] is None else options["wait"]
         guard = Guard(lambda *_args, **_options: key, timeout=None if math.isinf(wait) else wait)
         try:
             rule = tick_rule(options["once_per"], retry_failed=options["retry_failed_tick"])
