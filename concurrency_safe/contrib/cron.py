@@ -231,6 +231,7 @@ class GuardedCommand(BaseCommand):
             return policy.result
 
         verbs = Verbs(retry=DIRECT.retry, skip=skip)
+        left: list[SystemExit] = []
         with _exit_statuses() as entered:
 
             def enter(*args: Any, **options: Any) -> Any:
@@ -238,13 +239,16 @@ class GuardedCommand(BaseCommand):
                 try:
                     return body(*args, **options)
                 except SystemExit as leaving:
-                    held = current_lock()
-                    if held is not None and not leaving.code:
-                        held.check()  # a success is none when the lock was lost
-                    raise
+                    if leaving.code:
+                        raise
+                    left.append(leaving)  # with success, unless the lock turns out to be lost
+                    return None
 
             job = _once_per_tick(enter, rule, lambda: tell("it was run in this period already")) if rule else enter
-            return guard.run_as(KeyTemplate(guard.key, body), job, args, options, verbs)
+            result = guard.run_as(KeyTemplate(guard.key, body), job, args, options, verbs)
+        if left:
+            raise left[0]
+        return result
 
 
 @contextmanager
