@@ -8,6 +8,9 @@ PY := $(VENV)/bin/python
 SEEDS ?= 1 2 3
 SECONDS ?= 300
 
+# Where `make bench` has the libraries that it measures beside this one.
+PEERS := .peers
+
 # Options for what a verb starts: make demo ARGS=--short, make test ARGS="tests/unit -k template".
 ARGS ?=
 PYTEST_ARGS ?= $(ARGS)
@@ -54,8 +57,16 @@ types: $(MADE) ## check the types: mypy for all the code, pyright for the public
 	$(PY) -m mypy
 	$(PY) -m basedpyright --pythonpath $(PY)
 
-bench: $(MADE) ## measure guarded Celery tasks against unguarded ones (ARGS="--tasks 500")
-	$(TETHER) $(PY) -m benchmarks.celery_throughput $(ARGS)
+bench: $(MADE) $(PEERS)/.made ## measure an uncontended lock and Celery tasks, beside other libraries (ARGS="--tasks 500")
+	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.uncontended
+	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.celery_throughput $(ARGS)
+
+# What is measured beside us, in a folder of its own; one at a time, since some don't support every Python.
+$(PEERS)/.made: constraints.txt
+	rm -rf $(PEERS)
+	for peer in django-pglock sqlalchemy-dlock pals postgresql-lock python-redis-lock celery-once celery-singleton; do \
+		$(PY) -m pip install --quiet --upgrade --target $(PEERS) --constraint constraints.txt $$peer sqlalchemy || echo "without $$peer"; done
+	touch $@
 
 chaos: $(MADE) ## walk the state machine for long, against crashes, interrupts and cuts (SEEDS="1 2 3" SECONDS=300)
 	for seed in $(SEEDS); do $(TETHER) $(PY) -m tests.contract.machine --seed $$seed --seconds $(SECONDS) || exit 1; done

@@ -145,13 +145,21 @@ class SessionPool:
             hold.lose()
 
     def prune(self) -> None:
-        """End the sessions that hold nothing, and are too many, or idle for too long."""
+        """End the sessions that hold nothing, and are too many, or idle for too long.
+
+        One more is kept where all others are full, or each further lock would open and end a session.
+        """
         oldest = time.monotonic() - self._max_idle
         with self.mutex:
             for session in list(self.sessions):
-                spare = len(self.sessions) > self._kept or session.idle_since < oldest
-                if spare and session.user is None and not session.held:
+                if session.user is not None or session.held:
+                    continue
+                too_many = len(self.sessions) > self._kept and (not self._kept or self._has_room(session))
+                if too_many or session.idle_since < oldest:
                     self.forget(session)
+
+    def _has_room(self, but: LockSession) -> bool:
+        return any(not one.held or len(one.held) < one.capacity for one in self.sessions if one is not but)
 
     def close(self) -> None:
         """End every session that holds nothing."""

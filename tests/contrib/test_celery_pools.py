@@ -39,18 +39,25 @@ def test_a_pool_excludes_and_leaves_nothing(pool: str, own_fleet: Workers) -> No
     for one in waiting:
         one.get(timeout=30)
 
-    sent = [tasks.waits_a_little.delay("one", number) for number in range(TASKS)]
-    others = [tasks.waits_a_little.delay("other", number) for number in range(TASKS // 2)]
-    control = [tasks.unguarded.delay("one") for _ in range(TASKS)]
-    assert [one.get(timeout=60) for one in sent] == list(range(TASKS))
-    assert [one.get(timeout=60) for one in others] == list(range(TASKS // 2))
-    for one in control:
-        one.get(timeout=60)
-    assert fleet.runs(tasks.waits_a_little.name) == TASKS + TASKS // 2
+    rounds = 0
+
+    def do_a_round() -> bool:
+        """Run some tasks; on a busy machine they may happen to run one after the other, whoever guards them."""
+        nonlocal rounds
+        rounds += 1
+        sent = [tasks.waits_a_little.delay("one", number) for number in range(TASKS)]
+        others = [tasks.waits_a_little.delay("other", number) for number in range(TASKS // 2)]
+        control = [tasks.unguarded.delay("one") for _ in range(TASKS)]
+        assert [one.get(timeout=60) for one in sent] == list(range(TASKS))
+        assert [one.get(timeout=60) for one in others] == list(range(TASKS // 2))
+        for one in control:
+            one.get(timeout=60)
+        others_overlap = fleet.overlaps(tasks.waits_a_little.name, same_key=False) > 0
+        return others_overlap and fleet.overlaps("unguarded", same_key=True) > 0 and "Retry in" in fleet.logs()
+
+    wait_for(do_a_round, 60)
+    assert fleet.runs(tasks.waits_a_little.name) == rounds * (TASKS + TASKS // 2)
     assert fleet.overlaps(tasks.waits_a_little.name, same_key=True) == 0
-    assert fleet.overlaps(tasks.waits_a_little.name, same_key=False) > 0
-    assert fleet.overlaps("unguarded", same_key=True) > 0
-    assert "Retry in" in fleet.logs()
 
     assert fleet.end() == [0, 0]
     wait_for(lambda: fleet.store.rows() == fleet.store.sessions() == 0)

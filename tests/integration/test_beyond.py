@@ -28,6 +28,7 @@ from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.memory import MemoryBackend
 from concurrency_safe.postgres import backend
 from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.sql import CREATE_FENCE
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
@@ -272,6 +273,30 @@ def test_a_thousand_locks(store: LockStore) -> None:
         for one in held:
             one.release()
     assert store.rows() == 0
+
+
+def test_where_all_sessions_are_full_one_more_is_kept(store: LockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each further lock would open and end a session."""
+    monkeypatch.setattr(LockSession, "capacity", 2)
+    configure(pool_size=2)
+    held = [lock(f"key {number}").acquire() for number in range(4)]
+    number = lock_key("one more").number
+    holder = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid::int8 = %s"
+    pids = set()
+    for _ in range(3):
+        with lock("one more"):
+            row = store.connection.execute(holder, [number & 0xFFFFFFFF]).fetchone()
+            assert row
+            pids.add(row[0])
+    assert len(pids) == 1
+    assert store.sessions() == 3
+
+    held[0].release()
+    with lock("one more"):  # there is room beside another
+        pass
+    wait_for(lambda: store.sessions() == 2)
+    for one in held[1:]:
+        one.release()
 
 
 def test_a_waiter_gets_a_session_of_its_own(store: LockStore, rival: Rival) -> None:
