@@ -82,11 +82,12 @@ def test_min_hold_is_for_late_hosts_not_for_those_who_interrupt(dsn: str) -> Non
 
 
 def cut_sessions(store: LockStore) -> None:
-    """Let the server end every lock session of this database."""
+    """Let the server end every lock session of this database, and wait until it has."""
     store.connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name LIKE 'cs:%'"
     )
+    wait_for(lambda: store.rows() == 0)  # they have heard it
 
 
 def test_min_hold_ends_when_the_lock_is_lost(store: LockStore) -> None:

@@ -459,11 +459,12 @@ def test_on_a_terminal_a_lost_lock_ends_the_command_alone(
 
 
 def cut_sessions(store: LockStore) -> None:
-    """Let the server end every lock session of this database."""
+    """Let the server end every lock session of this database, and wait until it has."""
     store.connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name LIKE 'cs:%'"
     )
+    wait_for(lambda: store.rows() == 0)  # they have heard it
 
 
 def test_a_lost_lock_ends_the_command(run: Run, store: LockStore) -> None:

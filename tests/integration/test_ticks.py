@@ -18,11 +18,11 @@ from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 from psycopg.conninfo import make_conninfo
 
-from concurrency_safe import ConfigurationError, LockLost, LockUnavailable, configure
+from concurrency_safe import ConfigurationError, LockLost, LockUnavailable, configure, current_lock
 from concurrency_safe.contrib.cron import GuardedCommand, cron_guard, last_success
 from concurrency_safe.postgres.sql import CREATE_TICK
 from concurrency_safe.ticks import create_tables
-from tests.integration.conftest import LockStore, Rival, bare_environment
+from tests.integration.conftest import LockStore, Rival, bare_environment, wait_for
 
 SKEW = timedelta(milliseconds=80)
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -298,6 +298,9 @@ def test_a_run_that_lost_its_lock_is_no_success(clock: Clock, store: LockStore, 
         store.connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
         )
+        held = current_lock()
+        assert held is not None
+        wait_for(lambda: held.is_lost)
 
     async def acut() -> None:
         cut()
