@@ -201,6 +201,22 @@ def fails_and_is_requeued(self: Any, key: str) -> None:
     raise ValueError("body")
 
 
+class Unhurried(ConcurrencySafeTask):
+    """As on a busy host: a while passes between the lock's release and the storing of the state."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        write("SELECT pg_sleep(0.3)")
+        return result
+
+
+@app.task(base=Unhurried, lock_key="gate:{key}", lock_timeout=None)
+def at_gate_unhurried(key: str) -> str:
+    return str(at_gate.run(key))
+
+
 @app.task(base=ConcurrencySafeTask, lock_key="one:{key}", on_conflict=SOON)
 def counts(key: str, things: list[int]) -> int:
     return len(things)

@@ -287,6 +287,13 @@ async def ticks(key: str, seconds: float) -> float:
     return longest
 
 
+@actor(lock_key="gate:{key}", lock_timeout=None, store_results=True)
+def patient_at_gate(key: str) -> str:
+    note("at_gate", key)
+    write("SELECT FROM gate FOR SHARE")
+    return key
+
+
 @actor(lock_key="tick:{key}", lock_timeout=None, store_results=True)
 async def awaits(key: str) -> str:
     return key

@@ -45,6 +45,19 @@ def test_a_copy_of_a_task_that_has_run_ends_also_when_another_holds_the_key(task
     assert fleet.runs("failed") == 0
 
 
+def test_a_copy_that_waits_for_the_lock_waits_for_the_state_too(fleet: Workers) -> None:
+    """Celery stores the state after the lock's release, and the copy has the lock at once then."""
+    with fleet.closed_gate():
+        sent = tasks.at_gate_unhurried.delay("a")
+        wait_for(lambda: fleet.runs("at_gate") == 1)
+        tasks.at_gate_unhurried.apply_async(("a",), task_id=sent.id, headers=COPY)
+        wait_for(lambda: fleet.store.waiting() == 1)
+    ends(fleet, sent.id)
+
+    assert sent.get(timeout=LIMIT) == "a"
+    assert fleet.runs("at_gate") == 1
+
+
 def test_a_task_that_has_failed_is_not_run_again_by_its_copy(fleet: Workers) -> None:
     errback = tasks.failed.si("failed")
     sent = tasks.retries_never.apply_async(("a",), link_error=errback)

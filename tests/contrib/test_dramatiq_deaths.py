@@ -17,6 +17,7 @@ from dramatiq.errors import BrokerError
 from dramatiq.results import ResultFailure
 from redis.exceptions import RedisError
 
+from concurrency_safe.contrib.dramatiq import requeue
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 from tests.contrib import dramatiq_actors as actors
 from tests.contrib.conftest import new_database
@@ -124,6 +125,22 @@ def test_a_copy_whose_message_has_succeeded_meanwhile_does_not_run_again(tmp_pat
         assert crew.runs("sleeps") == 1
         assert crew.result(sent) == "a"
         wait_for(lambda: crew.queued() == 0)
+
+
+def test_copies_that_wait_for_the_lock_wait_for_the_result_too(own_crew: Workers) -> None:
+    """Dramatiq stores the result after the lock's release, and a copy has the lock at once then."""
+    crew = own_crew
+    crew.start(1, 8)
+    with crew.closed_gate():
+        sent = crew.send(actors.patient_at_gate, "a")
+        wait_for(lambda: crew.runs("at_gate") == 1)
+        for _ in range(4):
+            crew.broker.enqueue(sent.copy(options={**sent.options, requeue.DUPLICATES: 1}))
+        wait_for(lambda: crew.broker.client.llen(f"dramatiq:{crew.queue}") == 0)  # all are fetched
+    ended = f"message {sent.message_id} has run already; this copy of it ends"
+    wait_for(lambda: crew.logs().count(ended) == 4)
+    assert crew.result(sent) == "a"
+    assert crew.runs("at_gate") == 1
 
 
 def test_two_copies_of_a_message_are_not_two_holders_of_a_slot(own_crew: Workers) -> None:

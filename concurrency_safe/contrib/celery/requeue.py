@@ -7,6 +7,7 @@ chain, chord, group, callbacks, priority, queue, expiry and headers (celery.app.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -33,6 +34,9 @@ RECEIVED, CONTENT_TYPE = "cs_received", "cs_content_type"
 #: Seconds that a message may wait in a worker before its transport may have delivered it to another one, where the
 #: transport's `visibility_timeout` is not set: SQS' default of Celery; that of Redis is an hour.
 VISIBLE_AFTER = 1800.0
+
+#: Seconds that a copy which has the lock waits for the state of a task that may just have ended; between two looks.
+SETTLING, _LOOK = 1.0, 0.02
 
 #: How a copy of a running task comes back: soon, since an own retry overtakes its predecessor by moments only.
 _DUPLICATE = Retry(delay=0.5, max_delay=30.0, limit=None, max_wait=None)
@@ -89,20 +93,27 @@ def is_copy(task: Any) -> bool:
     return received is not None and time.time() - received >= visible_after  # noqa: TID251 - another process' time
 
 
-def is_settled(task: Any) -> bool:
+def is_settled(task: Any, patience: float) -> bool:
     """Say whether this task has its final state already: its callbacks were called, and may not be again.
 
-    False where that can't be known: without a result backend, or with `ignore_result`.
+    False where that can't be known: without a result backend, or with `ignore_result`. `patience`: seconds that it may
+    take, for one who holds the lock: Celery stores the state when the body has ended, and the lock is released by then.
 
     Raises: whatever the result backend does when it can't be reached.
     """
+    final = {states.SUCCESS, states.REVOKED}
+    if task.acks_on_failure_or_timeout is not False:  # else its message goes back to the broker, and shall run again
+        final.add(states.FAILURE)
+    until = time.monotonic() + patience
+    never = threading.Event()
     try:
-        state = task.backend.get_state(task.request.id)
+        while task.backend.get_state(task.request.id) not in final:
+            if time.monotonic() >= until or task.request.ignore_result:
+                return False
+            never.wait(_LOOK)
     except NotImplementedError:  # there is no backend
         return False
-    # Where a failed message goes back to the broker, its next delivery shall run.
-    fails_once = task.acks_on_failure_or_timeout is not False
-    return state in {states.SUCCESS, states.REVOKED} or (state == states.FAILURE and fails_once)
+    return True
 
 
 def _visibility_timeout(task: Any) -> float | None:

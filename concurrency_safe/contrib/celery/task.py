@@ -99,7 +99,7 @@ class ConcurrencySafeMixin:
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body, unless this is a copy of a task that has run meanwhile."""
         task: Any = self
-        _end_second_copy(task)
+        _end_second_copy(task, requeue.SETTLING)
         return task.run(*args, **kwargs)
 
     def _retry(self, policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:
@@ -156,15 +156,17 @@ def guard_of(task: Any) -> tuple[Guard, KeyTemplate] | None:
     return guarded
 
 
-def _end_second_copy(task: Any) -> None:
+def _end_second_copy(task: Any, patience: float = 0.0) -> None:
     """End the run of a copy whose task has run already: it is neither run again, nor skipped, nor failed.
+
+    `patience`: seconds that its state may take to arrive.
 
     Raises: celery.exceptions.Ignore.
     """
     if not requeue.is_copy(task):
         return
     try:
-        settled = requeue.is_settled(task)
+        settled = requeue.is_settled(task, patience)
     except Exception:
         logger.warning(
             "task %s[%s]: whether it has run already can't be read now", task.name, task.request.id, exc_info=True

@@ -10,6 +10,8 @@ import asyncio
 import functools
 import inspect
 import logging
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -18,7 +20,7 @@ from typing import Any
 from dramatiq.asyncio import async_to_sync
 from dramatiq.common import q_name
 from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
-from dramatiq.results import ResultFailure, ResultMissing
+from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from concurrency_safe.contrib.dramatiq import options, requeue
 from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
@@ -36,6 +38,9 @@ _arriving: ContextVar[Any] = ContextVar("concurrency_safe_message", default=None
 
 #: Milliseconds that a worker with nothing to do lets pass before it looks into such a queue again.
 LOOK = 200
+
+#: Seconds that a copy which has the lock waits for the result of a message that may just have ended; between two looks.
+SETTLING, _LOOK = 1.0, 0.02
 
 #: The attribute of an actor's function that is guarded.
 _GUARDED = "concurrency_safe_body"
@@ -233,14 +238,32 @@ class _Body:
     def _refuse_second_run(self, message: Any) -> None:
         """End a copy of a message whose result there is already. Without results that can't be known.
 
+        It waits a moment for a result: Dramatiq stores it when the body has ended, and the lock is released by then.
+
         Raises: _HasRun.
         """
-        try:
-            backend = self._broker.get_results_backend()
-            backend.get_result(message, block=False)
-        except (RuntimeError, ResultMissing, ResultFailure):
+        if not self._stores_results(message):
             return
-        raise _HasRun
+        until = time.monotonic() + SETTLING
+        never = threading.Event()
+        while True:
+            try:
+                self._broker.get_results_backend().get_result(message, block=False)
+            except ResultFailure:
+                return
+            except ResultMissing:
+                if time.monotonic() >= until:
+                    return
+                never.wait(_LOOK)
+            else:
+                raise _HasRun
+
+    def _stores_results(self, message: Any) -> bool:
+        for one in self._broker.middleware:
+            if isinstance(one, Results):
+                given = {"store_results": one.store_results, **self._actor.options, **message.options}
+                return bool(given["store_results"])
+        return False
 
     def _disarm(self, message: Any) -> None:
         """Let nothing interrupt what Dramatiq does after the body.
