@@ -15,6 +15,9 @@ PEERS := .peers
 ARGS ?=
 PYTEST_ARGS ?= $(ARGS)
 
+# These wait for other processes, most of the time, so two lanes are hardly slower than one; the others measure times.
+CONTRIB := tests/contrib
+
 # The heart: a lock that is wrong in one rare branch is a wrong lock, so tests pass through every branch of these.
 HEART := $(foreach each,core/* postgres/* locks.py guards.py ownership.py spaces.py conf.py gates.py memory.py fencing.py ticks.py,concurrency_safe/$(each),)
 
@@ -42,7 +45,8 @@ ifneq ($(strip $(PYTEST_ARGS)),)
 	$(TETHER) $(PY) -m pytest $(PYTEST_ARGS)
 else
 	$(PY) -m coverage erase
-	$(TETHER) $(PY) -m coverage run -m pytest
+	$(TETHER) $(PY) -m coverage run -m pytest $(CONTRIB) -n 2 --dist loadfile
+	$(TETHER) $(PY) -m coverage run -m pytest --ignore $(CONTRIB)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
 	$(PY) -m coverage report --include='$(subst $(empty) ,,$(HEART))' --fail-under=100
