@@ -127,6 +127,21 @@ def test_a_copy_whose_message_has_succeeded_meanwhile_does_not_run_again(tmp_pat
         wait_for(lambda: crew.queued() == 0)
 
 
+@pytest.mark.parametrize("name", ["skipping", "raising", "calling", "limited"])
+def test_a_copy_of_a_message_that_has_run_ends_also_when_another_holds_the_key(name: str, own_crew: Workers) -> None:
+    crew = own_crew
+    crew.start(1, 2)
+    sent = crew.send(getattr(actors, name), "a")
+    assert crew.result(sent) == "a"
+
+    crew.rival.hold("one:a")
+    crew.broker.enqueue(sent.copy(options={**sent.options, requeue.DUPLICATES: 1}))
+    wait_for(lambda: f"message {sent.message_id} has run already; this copy of it ends" in crew.logs())
+    wait_for(lambda: crew.queued() == 0)
+    assert crew.result(sent) == "a"
+    assert crew.dead() == crew.runs("failed") == crew.runs("exhausted") == 0
+
+
 def test_copies_that_wait_for_the_lock_wait_for_the_result_too(own_crew: Workers) -> None:
     """Dramatiq stores the result after the lock's release, and a copy has the lock at once then."""
     crew = own_crew

@@ -194,7 +194,7 @@ class _Body:
         declared = options.build(self._actor, self._inner, options_now) if given else self._declared
         if declared is None:
             return self._fn(*args, **kwargs)
-        verbs = Verbs(_postpone, partial(_skip, message), partial(_meet, message, declared[0]))
+        verbs = Verbs(_postpone, partial(_skip, message), partial(self._meet, message, declared[0]))
         work = current_work.set(message.message_id)
         try:
             run = partial(self._call, declared, args, kwargs, verbs, message if requeue.is_copy(message) else None)
@@ -235,16 +235,28 @@ class _Body:
             await asyncio.to_thread(self._refuse_second_run, copy)
         return await self._inner(*args, **kwargs)
 
-    def _refuse_second_run(self, message: Any) -> None:
+    def _meet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
+        """Never skip or fail for a conflict with oneself, nor when the message has run already.
+
+        An unknown holder may be oneself, unless the broker knows better.
+        """
+        if requeue.is_copy(message):
+            self._refuse_second_run(message, 0.0)
+        itself = describe_work(message.message_id) in (conflict.holder or "")
+        unknown = conflict.holder is None and getattr(message, "redelivered", True)
+        if itself or (unknown and not isinstance(guard.policy, Retry)):
+            raise _MetItself(conflict)
+
+    def _refuse_second_run(self, message: Any, patience: float = SETTLING) -> None:
         """End a copy of a message whose result there is already. Without results that can't be known.
 
-        It waits a moment for a result: Dramatiq stores it when the body has ended, and the lock is released by then.
+        `patience`: seconds that it may take: Dramatiq stores it after the lock's release.
 
         Raises: _HasRun.
         """
         if not self._stores_results(message):
             return
-        until = time.monotonic() + SETTLING
+        until = time.monotonic() + patience
         never = threading.Event()
         while True:
             try:
@@ -308,11 +320,3 @@ def _skip(message: Any, policy: Skip, conflict: LockAcquireTimeout) -> Any:
 
 def _met(conflict: LockAcquireTimeout) -> Any:
     raise _MetItself(conflict)
-
-
-def _meet(message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
-    """Never skip or fail for a conflict with oneself. An unknown holder may be that, unless the broker knows better."""
-    itself = describe_work(message.message_id) in (conflict.holder or "")
-    unknown = conflict.holder is None and getattr(message, "redelivered", True)
-    if itself or (unknown and not isinstance(guard.policy, Retry)):
-        raise _MetItself(conflict)
