@@ -487,10 +487,10 @@ class HeldLock:
                 _kept.difference_update([one for one in tuple(_kept) if one._ended_before(self._transaction)])
             _kept.add(self)
 
-    def _after_commit(self, call: Callable[[], object]) -> bool:
-        """Let Django do `call` after the commit of the transaction that holds the lock; False: none does."""
+    def _run_in_transaction(self, statement: str) -> bool:
+        """Run a statement in the transaction that holds the lock; False: none does. Raises: LockUnavailable."""
         if self._transaction is not None:
-            self._transaction.after_commit(call)
+            self._transaction.run(statement)
         return self._transaction is not None
 
     def _ended_before(self, later: TransactionLock) -> bool:

@@ -16,7 +16,7 @@ from concurrency_safe.core.steps import Steps
 from concurrency_safe.core.ticks import TickRule
 from concurrency_safe.locks import HeldLock
 from concurrency_safe.ownership import Footing
-from concurrency_safe.postgres import ticks
+from concurrency_safe.postgres import sql, ticks
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.spaces import aask, ask
 
@@ -64,14 +64,18 @@ class Tick:
         return self._claims(await aask(self._claim_steps))
 
     def succeed(self) -> LockUnavailable | None:
-        """Write down that the run has succeeded: after the commit, when a transaction holds the lock.
+        """Write down that the run has succeeded: in the transaction that holds the lock, or else at once.
 
         Not when the lock was lost. Where it fails that is logged, and given: the run is over.
         """
         if self._held.is_lost:
             return None
-        if not self._held._after_commit(self._record):
-            return self._record()
+        try:
+            if not self._held._run_in_transaction(sql.succeed_tick(self._key.number, self._claimed or 0.0)):
+                ask(self._succeed_steps)
+        except LockUnavailable as error:
+            self._warn(error)
+            return error
         return None
 
     async def asucceed(self) -> None:
@@ -82,14 +86,6 @@ class Tick:
             await aask(self._succeed_steps)
         except LockUnavailable as error:
             self._warn(error)
-
-    def _record(self) -> LockUnavailable | None:
-        try:
-            ask(self._succeed_steps)
-        except LockUnavailable as error:
-            self._warn(error)
-            return error
-        return None
 
     def _claims(self, tick: float | None) -> bool:
         self._claimed = tick

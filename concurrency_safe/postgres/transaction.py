@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from psycopg import Connection, pq
 from psycopg import Error as PsycopgError
+
+from concurrency_safe.core.errors import LockUnavailable
 
 from . import protocol, sql
 from .alias import transaction_of
@@ -73,10 +75,22 @@ class TransactionLock:
             self._transaction is not other._transaction or self._hooks is not other._hooks
         )
 
-    def after_commit(self, call: Callable[[], object]) -> None:
-        """Let Django do `call` after the commit; never after a rollback."""
-        self._connection.on_commit(call)
-        self._hooks = self._connection.run_on_commit
+    def run(self, statement: str) -> None:
+        """Run a statement in the transaction, so that it counts with the commit, and not without it.
+
+        Raises: LockUnavailable: it failed; the transaction is as it was.
+        """
+        from django.db import Error
+
+        self._execute(f"SAVEPOINT {_SAVEPOINT}")
+        try:
+            self._execute(statement)
+        except BaseException as error:
+            self._recover()
+            if isinstance(error, Error):
+                raise LockUnavailable(str(error).strip(), self._request.text) from error
+            raise
+        self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
 
     def _is_held(self) -> bool:
         from django.db import Error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from io import StringIO
 from typing import Any, cast
 from zoneinfo import ZoneInfo
 
+import psycopg
 import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
@@ -325,6 +327,63 @@ def test_a_run_that_was_rolled_back_is_no_success(clock: Clock) -> None:
         assert last_success("job") is None
     assert runs == [1, 2]
     assert last_success("job") is not None
+
+
+def test_a_success_counts_with_the_commit_also_of_a_manual_transaction(clock: Clock) -> None:
+    """In the same moment: else the next host, which waits for the lock, would find a run that did not succeed."""
+    runs: list[int] = []
+    job = cron_guard("job", once_per="hour", retry_failed_tick=True)(runs.append)
+    configure(dsn=None)
+    transaction.set_autocommit(autocommit=False)
+    try:
+        job(1)
+        transaction.rollback()
+        job(2)
+        assert last_success("job") is None
+        transaction.commit()
+        assert last_success("job") is not None
+    finally:
+        transaction.set_autocommit(autocommit=True)
+    job(3)
+    assert runs == [1, 2]
+
+
+def test_a_success_that_a_transaction_can_not_write_leaves_it_as_it_was(
+    clock: Clock, store: LockStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def job() -> None:
+        store.connection.execute("ALTER TABLE concurrency_safe_tick RENAME succeeded TO broken")
+
+    configure(dsn=None)
+    try:
+        with transaction.atomic():
+            cron_guard("job", once_per="hour")(job)()
+            assert connection.cursor().execute("SELECT 7") is not None  # it goes on
+    finally:
+        store.connection.execute("ALTER TABLE concurrency_safe_tick RENAME broken TO succeeded")
+    assert "succeeded, which was not recorded" in caplog.text
+
+
+def test_an_interrupt_while_a_success_is_written_leaves_the_transaction_as_it_was(
+    clock: Clock, store: LockStore
+) -> None:
+    """The row is locked by somebody else for a while."""
+    configure(dsn=None)
+
+    def on_alarm(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    with psycopg.connect(store.dsn) as other, transaction.atomic():
+
+        def job() -> None:
+            other.execute("SELECT FROM concurrency_safe_tick FOR UPDATE")
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+        with pytest.raises(KeyboardInterrupt):
+            cron_guard("job", once_per="hour")(job)()
+    signal.signal(signal.SIGALRM, before)
+    assert last_success("job") is None
 
 
 def test_what_has_not_run_is_no_success(clock: Clock) -> None:
