@@ -145,6 +145,11 @@ def django_is_configured() -> bool:
     return bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
 
 
+def uses_django() -> bool:
+    """Say the same, at once where it is known to be so."""
+    return _state.with_django or django_is_configured()
+
+
 def _from_environment() -> dict[str, Any]:
     given: dict[str, Any] = {}
     if namespace := os.environ.get("CONCURRENCY_SAFE_NAMESPACE"):

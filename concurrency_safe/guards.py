@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import update_wrapper
-from types import AsyncGeneratorType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
@@ -30,6 +30,9 @@ TEMPLATES = 64
 
 #: What contextlib makes of a generator function.
 _MANAGERS = (contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager)
+
+#: What may be a body that has not run yet.
+_UNRUN = {CoroutineType, GeneratorType, AsyncGeneratorType, *_MANAGERS}
 
 _FORMS = (
     '@concurrency_safe(key="stock:{sku}"), @concurrency_safe(key=("stock", "{sku}")), '
@@ -178,14 +181,8 @@ class Guard:
         try:
             with lock:
                 result = fn(*args, **kwargs)
-                if inspect.iscoroutine(result):
-                    result.close()
-                    raise ConfigurationError(
-                        f"{_name(fn)} returned a coroutine, which would run after the lock's release; "
-                        "make it `async def`, so that it is awaited while the lock is held"
-                    )
-                if _is_its_body(result, fn):
-                    raise _generates(fn)
+                if type(result) in _UNRUN:
+                    _refuse_unrun(result, fn)
                 return result
         except (LockAcquireTimeout, LockUnavailable) as error:
             # By identity: a conflict of another lock, inside the body, is the body's own error.
@@ -328,18 +325,21 @@ def _generates(fn: object) -> ConfigurationError:
     )
 
 
-def _is_its_body(result: Any, fn: Any) -> bool:
-    """Say whether `result` is the body of `fn`, still to be run: a generator, or a context manager made of one.
+def _refuse_unrun(result: Any, fn: Any) -> None:
+    """Refuse a result that is the body of `fn`, still to be run: a coroutine, a generator, or a manager made of one.
 
     A decorator below the guard may have hidden it, or may have consumed it; only the result tells.
+
+    Raises: ConfigurationError.
     """
-    kind = type(result)
-    if kind in _MANAGERS:
-        result, kind = result.gen, type(result.gen)
-    if kind is GeneratorType:
-        code = result.gi_code
-    elif kind is AsyncGeneratorType:
-        code = result.ag_code
-    else:
-        return False
-    return code is getattr(inspect.unwrap(fn), "__code__", None)
+    if inspect.iscoroutine(result):
+        result.close()
+        raise ConfigurationError(
+            f"{_name(fn)} returned a coroutine, which would run after the lock's release; "
+            "make it `async def`, so that it is awaited while the lock is held"
+        )
+    if type(result) in _MANAGERS:
+        result = result.gen
+    code = getattr(result, "gi_code", None) or getattr(result, "ag_code", None)
+    if code is not None and code is getattr(inspect.unwrap(fn), "__code__", None):
+        raise _generates(fn)

@@ -7,15 +7,15 @@ behind: what an acquisition stands on is written into its `HeldLock` step by ste
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from concurrency_safe import instrumentation
+from concurrency_safe import forks, instrumentation
 from concurrency_safe.conf import Settings, get_settings
 from concurrency_safe.core.errors import (
     ConcurrencySafeError,
@@ -28,17 +28,23 @@ from concurrency_safe.core.errors import (
 )
 from concurrency_safe.core.events import EventKind, LockEvent
 from concurrency_safe.core.keys import LockKey, lock_key
-from concurrency_safe.core.options import UNSET, LockOptions, Unset
+from concurrency_safe.core.options import UNSET, LockOptions, Unset, lock_options
 from concurrency_safe.core.sessions import Request
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.ownership import Claim, Footing, Owner, running
-from concurrency_safe.postgres.alias import others_in_transaction, require_postgresql, transaction_of
+from concurrency_safe.postgres.alias import other_in_transaction, require_postgresql, transaction_of
 from concurrency_safe.postgres.backend import refuse_long_queue
 from concurrency_safe.postgres.inspect import describe_work
 from concurrency_safe.postgres.loop import adrive, finish, running_loop
 from concurrency_safe.postgres.transaction import TransactionLock
 from concurrency_safe.postgres.waiting import drive
-from concurrency_safe.spaces import LockSpace, django_connection, require_one_space, space_for, space_of, store_options
+from concurrency_safe.spaces import (
+    LockSpace,
+    django_connection,
+    space_at_hand,
+    space_for,
+    space_of,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -93,33 +99,34 @@ def lock(  # noqa: PLR0913 - one keyword an option
         ConfigurationError, KeyTemplateError: At once, for a bad option or key.
         LockAcquireTimeout, LockUnavailable, LockInTransaction, LockReentrancyError, LockCapacityError: By `with`.
     """
-    options = LockOptions(
-        timeout=timeout,
-        shared=shared,
-        slots=slots,
-        scope=scope,
-        using=using,
-        backend=backend,
-        max_waiters=max_waiters,
-    )
-    single = Lock(keys, options)
-    for key in keys:
-        lock_key(key)  # a bad key is an error of this line, not of the `with`
-    return single
+    try:
+        options = lock_options(timeout, shared, slots, scope, using, max_waiters)
+    except TypeError:  # unhashable, so it is no good value either: the checks say which
+        options = LockOptions(
+            timeout=timeout, shared=shared, slots=slots, scope=scope, using=using, max_waiters=max_waiters
+        )
+    if backend is not None:  # not remembered
+        options = replace(options, backend=backend)
+    # A bad key is an error of this line, not of the `with`.
+    return Lock(keys, options, [lock_key(key) for key in keys])
 
 
 class Lock:
     """One acquisition: enter it once, by `with` or `async with`."""
 
-    __slots__ = ("_held", "_keys", "_options", "_unused", "failure")
+    __slots__ = ("_held", "_keys", "_known", "_options", "_unused", "failure")
 
-    def __init__(self, keys: tuple[Key, ...], options: LockOptions) -> None:
-        """Check what can be checked without the store; nothing is acquired."""
-        if not keys:
-            raise ConfigurationError('lock() needs a key: lock("stock:ABC"), or a tuple of parts, lock(("stock", sku))')
-        if len(keys) > 1 and options.slots > 1:
-            raise ConfigurationError(f"slots={options.slots} with {len(keys)} keys: slots go with one key")
+    def __init__(self, keys: tuple[Key, ...], options: LockOptions, known: list[LockKey] | None = None) -> None:
+        """Check what can be checked without the store; nothing is acquired. `known`: the keys without a namespace."""
+        if len(keys) != 1:
+            if not keys:
+                raise ConfigurationError(
+                    'lock() needs a key: lock("stock:ABC"), or a tuple of parts, lock(("stock", sku))'
+                )
+            if options.slots > 1:
+                raise ConfigurationError(f"slots={options.slots} with {len(keys)} keys: slots go with one key")
         self._keys = keys
+        self._known = known
         self._options = options
         self._held: HeldLock | None = None
         self._unused = True
@@ -202,9 +209,12 @@ class Lock:
                 str(self._keys[0]),
             ) from None
         settings = get_settings()
-        keys = [lock_key(key, settings.namespace) for key in self._keys]
-        each_once = keys if len(keys) == 1 else {key.number: key for key in keys}.values()
-        held = self._held = HeldLock(tuple(each_once), settings, home)
+        keys = self._known
+        if keys is None or settings.namespace:
+            keys = [lock_key(key, settings.namespace) for key in self._keys]
+        if len(keys) > 1:
+            keys = list({key.number: key for key in keys}.values())
+        held = self._held = HeldLock(tuple(keys), settings, home)
         return held
 
     def _note(self, error: BaseException) -> None:
@@ -225,7 +235,6 @@ class HeldLock:
         "_net",
         "_settings",
         "_since",
-        "_space",
         "_transaction",
         "waited",
     )
@@ -236,7 +245,6 @@ class HeldLock:
         """Prepare an acquisition of `keys`, for a task of the event loop `home` or a thread: it stands on nothing."""
         self._keys = keys
         self._settings = settings
-        self._space: LockSpace | None = None
         self._transaction: TransactionLock | None = None
         self._callbacks: deque[Callable[[HeldLock], object]] | None = None
         self._lost = False
@@ -244,11 +252,11 @@ class HeldLock:
         self._active = False
         #: Seconds that the acquisition took.
         self.waited = 0.0
-        self._footing = Footing(current_work.get(), home)
-        self._net: _Net | None = _Net(self, _catch)
-        self._net.footing = self._footing
-        self._footing.lock = self._net
-        _nets.add(self._net)
+        footing = self._footing = Footing(current_work.get(), home)
+        net = footing.lock = _Net(self, _catch)
+        net.footing = footing
+        _nets.add(net)
+        self._net: _Net | None = net
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -267,7 +275,7 @@ class HeldLock:
 
     @property
     def _is_entered(self) -> bool:
-        return self._active and self._footing.pid == os.getpid()
+        return self._active and self._footing.pid == forks.pid
 
     @property
     def _text(self) -> str:
@@ -358,10 +366,12 @@ class HeldLock:
 
     def _acquire(self, options: LockOptions) -> Steps[None]:
         settings = self._settings
-        timeout = settings.timeout if options.timeout is UNSET else options.timeout
-        self._since = time.monotonic()
+        timeout = options.timeout
+        if timeout is UNSET:
+            timeout = settings.timeout
+        keys = self._keys
         request = Request(
-            self._keys if len(self._keys) == 1 else tuple(sorted(self._keys, key=_by_number)),
+            keys if len(keys) == 1 else tuple(sorted(keys, key=_by_number)),
             options.shared,
             options.slots,
             None if timeout is None else self._since + timeout,
@@ -369,22 +379,26 @@ class HeldLock:
             options.max_waiters,
         )
         if options.backend is not None:
-            self._space = space_of(options.backend, settings)
-            yield from self._acquire_in_session(self._space, request)
+            yield from self._acquire_in_session(space_of(options.backend, settings), request)
         else:
             connection = django_connection(options.using, settings)
-            if connection is None and options.scope == "transaction":
-                raise ConfigurationError(
-                    f"lock {self._text!r}: scope='transaction' needs a Django connection, and Django is not configured"
-                )
-            inside = self._footing.inside = None if connection is None else transaction_of(connection)
-            if connection is not None and _is_transactional(options, connection, self._text, inside=inside is not None):
+            if connection is None:
+                if options.scope == "transaction":
+                    raise ConfigurationError(
+                        f"lock {self._text!r}: scope='transaction' needs a Django connection, and Django is not "
+                        "configured"
+                    )
+                inside = None
+            else:
+                inside = self._footing.inside = transaction_of(connection)
+            if connection is not None and _is_transactional(options, connection, keys, inside):
                 yield from self._acquire_in_transaction(connection, request)
             else:
-                self._space = yield from space_for(connection, settings)
-                yield from self._acquire_in_session(self._space, request)
+                space = space_at_hand(connection, settings) or (yield from space_for(connection, settings))
+                yield from self._acquire_in_session(space, request)
         self.waited = time.monotonic() - self._since
-        self._emit("acquired", waited=self.waited)
+        if instrumentation.hooks:
+            self._emit("acquired", waited=self.waited)
 
     def _acquire_in_session(self, space: LockSpace, request: Request) -> Steps[None]:
         footing = self._footing
@@ -392,26 +406,22 @@ class HeldLock:
         owner = footing.owner = _current_owner()
         if request.max_waiters is not None:
             self._refuse_long_queue(space, request, owner)
-        blocker = yield from space.claims.enter(footing, request, owner)
-        if blocker is not None:
-            raise self._conflict(request, _describe(blocker))
-        if footing.fresh:  # else the owner holds all of it already
-            fresh = request
-            if len(footing.fresh) < len(request.keys):
-                fresh = request._replace(keys=tuple(claim.key for claim in footing.fresh))
-            footing.token = yield from self._ask(space, fresh)
-            space.claims.confirm(footing)
-        else:
+        claims = space.claims
+        if not claims.enter_alone(footing, request, owner):
+            blocker = yield from claims.enter(footing, request, owner)
+            if blocker is not None:
+                raise self._conflict(request, _describe(blocker))
+        fresh = footing.fresh
+        if not fresh:  # the owner holds all of it already
             footing.token = footing.claims[0].token
-
-    def _ask(self, space: LockSpace, request: Request) -> Steps[int | None]:
-        footing = self._footing
-        grant = yield from space.backend.acquire(footing, request, footing.fresh)
+            return
+        if len(fresh) < len(request.keys):
+            request = request._replace(keys=tuple(claim.key for claim in fresh))
+        grant = yield from space.backend.acquire(footing, request, fresh)
         if grant is None:
             raise self._conflict(request, (yield from space.backend.conflict(footing, request)))
-        for claim in footing.fresh:
-            claim.token = grant.token
-        return grant.token
+        footing.token = grant.token
+        claims.confirm(footing)
 
     def _refuse_long_queue(self, space: LockSpace, request: Request, owner: Owner) -> None:
         """Refuse by the queue inside this process; the backend looks at the one in the store."""
@@ -421,7 +431,6 @@ class HeldLock:
                 refuse_long_queue(request, waiting, None)
 
     def _acquire_in_transaction(self, connection: BaseDatabaseWrapper, request: Request) -> Steps[None]:
-        settings = self._settings
         if self._footing.home is not None:
             raise LockInTransaction(
                 f"lock {self._text!r}: a transaction of Django's is a thread's, so `async with` can't hold its lock; "
@@ -433,9 +442,7 @@ class HeldLock:
                 f"lock {self._text!r}: slots={request.slots} inside atomic(): slots are held by sessions; "
                 "take the lock outside atomic(), or say scope='detached'"
             )
-        if settings.dsn is not None:
-            yield from require_one_space(connection, settings.dsn)
-        space = self._space = yield from space_for(connection, settings)
+        space = space_at_hand(connection, self._settings) or (yield from space_for(connection, self._settings))
         owner = _current_owner()
         outer = tuple(key for key in request.keys if self._is_held_around(space, key, owner))
         if outer:
@@ -448,7 +455,7 @@ class HeldLock:
         if not ours:
             return
         space.claims.refuse_slots(ours)
-        attempt = TransactionLock(connection, request._replace(keys=ours), store_options(settings))
+        attempt = TransactionLock(connection, request._replace(keys=ours), space.options)
         if not attempt.acquire():
             raise self._conflict(request, ", ".join(map(str, attempt.holders())) or None)
         self._footing.token = attempt.token
@@ -518,7 +525,8 @@ class HeldLock:
         self._report(error, released=released)
 
     def _report(self, error: BaseException | None, *, released: bool) -> None:
-        self._emit("released", held=time.monotonic() - self._since - self.waited)
+        if instrumentation.hooks:
+            self._emit("released", held=time.monotonic() - self._since - self.waited)
         if not released:
             self._tell_lost()
         if self._lost:
@@ -606,14 +614,13 @@ class HeldLock:
         )
 
     def _emit(self, kind: EventKind, **fields: Any) -> None:  # noqa: ANN401 - the fields of LockEvent
-        if kind == "conflicted" or instrumentation.hooked():
-            instrumentation.emit(LockEvent(kind, self.keys, **fields))
+        instrumentation.emit(LockEvent(kind, self.keys, **fields))
 
 
 def undo_steps(footing: Footing) -> Steps[None]:
     """Undo whatever `footing` says, in the store and in this process. Twice is the same as once."""
     ownership = footing.ownership
-    if ownership is None or footing.pid != os.getpid():
+    if ownership is None or footing.pid != forks.pid:
         return
     claims = ownership.leaving(footing)
     try:
@@ -715,26 +722,31 @@ def _by_number(key: LockKey) -> int:
     return key.number
 
 
-def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, text: str, *, inside: bool) -> bool:
-    """Decide whether the lock is held by the transaction of `connection`.
+def _is_transactional(
+    options: LockOptions, connection: BaseDatabaseWrapper, keys: tuple[LockKey, ...], inside: object | None
+) -> bool:
+    """Decide whether the lock is held by `inside`, the open transaction of `connection`.
 
     Raises: LockInTransaction, ConfigurationError.
     """
     scope = options.scope
-    if scope == "transaction" and not inside:
-        raise LockInTransaction(
-            f"lock {text!r}: scope='transaction' needs an open transaction on {connection.alias!r}; "
-            "put the lock inside atomic()",
-            text,
-        )
     if scope == "detached":
         return False
-    if inside and scope != "session":
+    if inside is None and scope != "transaction":
+        where = other_in_transaction(connection.alias)
+        if where is None:
+            return False
+    elif inside is not None and scope != "session":
         require_postgresql(connection)
         return True
-    where = connection.alias if inside else next(others_in_transaction(connection.alias), None)
-    if where is None:
-        return False
+    else:
+        where = connection.alias
+    text = ", ".join(key.text for key in keys)
+    if scope == "transaction":
+        raise LockInTransaction(
+            f"lock {text!r}: scope='transaction' needs an open transaction on {where!r}; put the lock inside atomic()",
+            text,
+        )
     raise LockInTransaction(
         f"lock {text!r} would be released before the transaction on {where!r} commits, and its updates could "
         "be lost; take the lock outside atomic(), or on that transaction "
@@ -746,4 +758,4 @@ def _is_transactional(options: LockOptions, connection: BaseDatabaseWrapper, tex
 
 def _describe(claim: Claim) -> str:
     what = f" {describe_work(claim.work)}" if claim.work else ""
-    return f"{claim.owner} of this process (pid {os.getpid()}){what}"
+    return f"{claim.owner} of this process (pid {forks.pid}){what}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
+from concurrency_safe import forks
 from concurrency_safe.core.errors import ConfigurationError, LockCapacityError, LockReentrancyError
 from concurrency_safe.core.steps import GateWait, Steps
 from concurrency_safe.gates import LoopGate, ThreadGate, gate_for
@@ -119,7 +119,7 @@ class Footing:
         """Stand on nothing. `work`: whose work it is for (a task's id), or None. `home`: the event loop, or None."""
         self.work = work
         self.home = home
-        self.pid = os.getpid()
+        self.pid = forks.pid
         self._gate: ThreadGate | LoopGate | None = None
         #: The lock whose footing this is, weakly: it must not keep a forgotten one alive.
         self.lock: Callable[[], Any] | None = None
@@ -187,7 +187,7 @@ class Ownership:
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        self._pid = forks.pid
         self._entries: dict[int, _Entry] = {}
         self._held: set[Claim] = set()
         #: How many slots a key has, where there are several.
@@ -200,7 +200,7 @@ class Ownership:
 
         Raises: ConfigurationError: another key of this process has the same number.
         """
-        if self._pid != os.getpid():
+        if self._pid != forks.pid:
             self._reset()  # a forked child owns nothing
         entry = self._entries.get(key.number)
         if entry is None:
@@ -212,6 +212,27 @@ class Ownership:
             return None
         _refuse_collision(entry.key, key)
         return claim
+
+    def enter_alone(self, footing: Footing, request: Request, owner: Owner) -> bool:
+        """Do what `enter` does for one key that nobody of this process has to do with now; False: `enter` must."""
+        keys = request.keys
+        if len(keys) > 1 or self._pid != forks.pid:
+            return False
+        key = keys[0]
+        number = key.number
+        if number in self._entries or number in self._slots or request.slots > 1:
+            return False
+        claim = Claim(key, request, owner, footing)
+        footing.ownership = self
+        footing.claims.append(claim)
+        footing.fresh.append(claim)
+        entry = _Entry(claim)
+        entry.asker = claim
+        if len(self._held) < self._max_held and self._entries.setdefault(number, entry) is entry:
+            return True
+        footing.claims.clear()
+        footing.fresh.clear()
+        return False
 
     def enter(self, footing: Footing, request: Request, owner: Owner) -> Steps[Claim | None]:
         """Make `owner` the one of this process who may ask for the keys, by the request's deadline.
@@ -271,9 +292,10 @@ class Ownership:
         for claim in footing.fresh:
             claim.held = True
             claim.since = time.monotonic()
-            with self._mutex:
-                self._held.add(claim)
-                if claim.shared or claim.slots > 1:
+            claim.token = footing.token
+            self._held.add(claim)
+            if claim.shared or claim.slots > 1:
+                with self._mutex:
                     entry = self._entries[claim.key.number]
                     entry.holders[claim.owner] = claim
                     entry.asker = None
@@ -281,9 +303,12 @@ class Ownership:
 
     def leaving(self, footing: Footing) -> list[Claim]:
         """Take `footing` off its claims; give those that nobody stands on any more: the store must free them."""
+        last = []
         for claim in footing.claims:
             claim.stands.discard(footing)
-        return [claim for claim in footing.claims if not claim.stands]
+            if not claim.stands:
+                last.append(claim)
+        return last
 
     def leave(self, claim: Claim) -> None:
         """Give up the key, or the place in the queue; the first in the queue is the next to ask.
@@ -292,17 +317,19 @@ class Ownership:
         """
         with self._mutex:
             self._held.discard(claim)
-            entry = self._entries.get(claim.key.number)
+            number = claim.key.number
+            entry = self._entries.get(number)
             if entry is None:
                 return
-            entry.queue.pop(claim, None)
             if entry.asker is claim:
                 entry.asker = None
-            if entry.holders.get(claim.owner) is claim:
-                del entry.holders[claim.owner]
-            self._advance(entry)
+            if entry.queue or entry.holders:
+                entry.queue.pop(claim, None)
+                if entry.holders.get(claim.owner) is claim:
+                    del entry.holders[claim.owner]
+                self._advance(entry)
             if entry.asker is None and not entry.holders and not entry.queue:
-                del self._entries[claim.key.number]
+                del self._entries[number]
 
     def waiting(self, key: LockKey) -> int:
         """Count the owners of this process that queue for `key` here."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from concurrency_safe.conf import Settings, django_is_configured, get_settings
+from concurrency_safe.conf import Settings, get_settings, uses_django
 from concurrency_safe.core.errors import ConfigurationError
 from concurrency_safe.core.sessions import Backend, StoreOptions
 from concurrency_safe.core.steps import Steps
@@ -31,6 +31,7 @@ class LockSpace:
 
     backend: Backend
     claims: Ownership
+    options: StoreOptions
 
 
 #: The settings by which two spaces of one database differ.
@@ -46,7 +47,25 @@ _verified: set[tuple[str, str]] = set()
 
 def django_connection(using: str | None, settings: Settings) -> BaseDatabaseWrapper | None:
     """Give this thread's connection of the alias in charge; None in a script without Django."""
-    return aliases.connection_of(using or settings.using) if django_is_configured() else None
+    return aliases.connection_of(using or settings.using) if uses_django() else None
+
+
+def space_at_hand(connection: BaseDatabaseWrapper | None, settings: Settings) -> LockSpace | None:
+    """Give the lock space that was asked for last, when it is the one, and known to be right; None: `space_for` says.
+
+    Raises: ConfigurationError: `connection` is no PostgreSQL's.
+    """
+    last_dsn, last_settings, space = _last
+    if settings is not last_settings:
+        return None
+    dsn = settings.dsn
+    if dsn is None:
+        if connection is None:
+            return None
+        dsn = _dsn_of(connection)
+    elif connection is not None and connection.vendor == "postgresql" and (dsn, _dsn_of(connection)) not in _verified:
+        return None
+    return space if dsn == last_dsn else None
 
 
 def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Steps[LockSpace]:
@@ -63,8 +82,11 @@ def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Ste
             )
         dsn, alias = _dsn_of(connection), connection.alias
     elif connection is not None and connection.vendor == "postgresql":
-        yield from require_one_space(connection, dsn)
-    return _space(dsn, settings, alias)
+        yield from _require_one_space(connection, dsn)
+    global _last  # noqa: PLW0603 - a whole tuple each time, so that no thread sees half of it
+    space = _space_named(dsn, settings, alias)
+    _last = (dsn, settings, space)
+    return space
 
 
 def space_of(backend: object, settings: Settings) -> LockSpace:
@@ -78,10 +100,10 @@ def space_of(backend: object, settings: Settings) -> LockSpace:
             "or leave it out for PostgreSQL"
         )
     claims = _own_claims.setdefault(backend, Ownership(settings.max_held))
-    return LockSpace(cast("Backend", backend), claims)
+    return LockSpace(cast("Backend", backend), claims, _store_options(settings))
 
 
-def require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> Steps[None]:
+def _require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> Steps[None]:
     """Check, once for each pair, that `dsn` and `connection` lead to the same database.
 
     Raises: ConfigurationError, LockUnavailable.
@@ -92,8 +114,7 @@ def require_one_space(connection: BaseDatabaseWrapper, dsn: str) -> Steps[None]:
         _verified.add(pair)
 
 
-def store_options(settings: Settings) -> StoreOptions:
-    """Give what of the settings a lock store must know."""
+def _store_options(settings: Settings) -> StoreOptions:
     return StoreOptions(
         settings.pool_size, settings.pool_idle, settings.max_block, settings.fencing, settings.pooler == "transaction"
     )
@@ -104,7 +125,11 @@ def _dsn_of(connection: BaseDatabaseWrapper) -> str:
     where = (
         connection.alias,
         connection.vendor,
-        *(given[name] for name in ("NAME", "HOST", "PORT", "USER", "PASSWORD")),
+        given["NAME"],
+        given["HOST"],
+        given["PORT"],
+        given["USER"],
+        given["PASSWORD"],
     )
     dsn = _alias_dsns.get(where)
     if dsn is None:
@@ -113,24 +138,16 @@ def _dsn_of(connection: BaseDatabaseWrapper) -> str:
     return dsn
 
 
-def _space(dsn: str, settings: Settings, alias: str | None) -> LockSpace:
-    global _last  # noqa: PLW0603 - a whole tuple each time, so that no thread sees half of it
-    last_dsn, last_settings, space = _last
-    if settings is not last_settings or dsn != last_dsn or space is None:
-        space = _space_named(dsn, settings, alias)
-        _last = (dsn, settings, space)
-    return space
-
-
 def _space_named(dsn: str, settings: Settings, alias: str | None) -> LockSpace:
     name = (dsn, *(getattr(settings, each) for each in _OF_A_SPACE))
     space = _spaces.get(name)
     if space is None:
         # A password may be new each time (of a cloud's, or a vault's): Django asks for it at each connection.
         now = None if alias is None else lambda: aliases.dsn_of(aliases.connection_of(alias))
-        backend = PostgresBackend(dsn, store_options(settings), now)
+        options = _store_options(settings)
+        backend = PostgresBackend(dsn, options, now)
         # setdefault: of two threads that come here first, both must get the same claims.
-        space = _spaces.setdefault(name, LockSpace(backend, Ownership(settings.max_held)))
+        space = _spaces.setdefault(name, LockSpace(backend, Ownership(settings.max_held), options))
     return space
 
 

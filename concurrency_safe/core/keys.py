@@ -45,6 +45,8 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
         return key
     if type(key) is str:
         return _plain(key, namespace)
+    if type(key) is Rendered:
+        return _rendered(key, namespace)
     if isinstance(key, str):
         # A lazy object, as Django's, is a str by its __class__ alone.
         text = check_text(key if issubclass(type(key), str) else str(key))
@@ -62,6 +64,12 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
 @lru_cache(maxsize=512)
 def _plain(text: str, namespace: str) -> LockKey:
     """Give the key of an ordinary text; an error is not remembered."""
+    return LockKey(check_text(text), _number(namespace, b"text", text))
+
+
+@lru_cache(maxsize=512)
+def _rendered(text: Rendered, namespace: str) -> LockKey:
+    """Give the key of a rendered template; not among those of ordinary texts, which must not look like a template."""
     return LockKey(check_text(text), _number(namespace, b"text", text))
 
 

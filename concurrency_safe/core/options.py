@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import TypeGuard
 
 from .errors import ConfigurationError
@@ -67,6 +68,22 @@ class LockOptions:
             check_count("max_waiters", self.max_waiters, at_least=0)
         if self.using is not None and (not isinstance(self.using, str) or not self.using):
             raise ConfigurationError(f"using={self.using!r} is not the name of a database alias")
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: True is neither 1 nor 1.0
+def lock_options(
+    timeout: float | Unset | None,
+    shared: bool,  # noqa: FBT001 - by position: keywords would cost as much as the checks
+    slots: int,
+    scope: str,
+    using: str | None,
+    max_waiters: int | None,
+) -> LockOptions:
+    """Give the options of a call of `lock()`: mostly those of an earlier call.
+
+    Raises: ConfigurationError. TypeError: one of them is of a kind that can't be remembered, and that no option has.
+    """
+    return LockOptions(timeout=timeout, shared=shared, slots=slots, scope=scope, using=using, max_waiters=max_waiters)
 
 
 def check_timeout(name: str, value: object) -> None:

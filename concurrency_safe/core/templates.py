@@ -54,7 +54,8 @@ class KeyTemplate:
             don't fit the function; it is the function's own.
         """
         if self._parts:
-            args = self._certain(args, kwargs)
+            if self._names:
+                args = self._certain(args, kwargs)
             if isinstance(self._spec, str):
                 return self._parts[0].render(args, kwargs)
             return tuple(part.render(args, kwargs) for part in self._parts)

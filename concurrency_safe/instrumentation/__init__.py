@@ -26,31 +26,27 @@ def log_event(event: LockEvent) -> None:
         logger.error("lock %s was lost while it was held", ", ".join(map(repr, event.keys)), extra=extra)
 
 
-_hooks: tuple[Hook, ...] = ()
+#: Who listens, besides the log.
+hooks: tuple[Hook, ...] = ()
 
 
 def add_hook(hook: Hook) -> None:
     """Let `hook` hear every event from now on, in this process. What it raises is logged, and goes no further."""
-    global _hooks  # noqa: PLW0603 - one list a process, replaced as a whole
-    _hooks = (*_hooks, hook)
+    global hooks  # noqa: PLW0603 - one list a process, replaced as a whole
+    hooks = (*hooks, hook)
 
 
 def remove_hook(hook: Hook) -> None:
     """Let `hook` hear no more."""
-    global _hooks  # noqa: PLW0603 - see add_hook
-    _hooks = tuple(other for other in _hooks if other is not hook)
+    global hooks  # noqa: PLW0603 - see add_hook
+    hooks = tuple(other for other in hooks if other is not hook)
 
 
 def emit(event: LockEvent) -> None:
     """Tell everybody who listens."""
     log_event(event)
-    for hook in _hooks:
+    for hook in hooks:
         try:
             hook(event)
         except Exception:
             logger.exception("the hook %r failed on %r", hook, event.kind)
-
-
-def hooked() -> bool:
-    """Say whether anybody but the log listens: the log hears of conflicts and losses only."""
-    return bool(_hooks)

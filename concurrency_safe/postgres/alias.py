@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any, cast
 
 from psycopg import conninfo, pq
 
@@ -24,15 +24,21 @@ def connection_of(alias: str) -> BaseDatabaseWrapper:
 
     Raises: ConfigurationError: there is no such alias.
     """
-    from django.db import connections
-    from django.utils.connection import ConnectionDoesNotExist
-
+    connections = _connections()
     try:
         connection: BaseDatabaseWrapper = connections[alias]
-    except ConnectionDoesNotExist:
+    except connections.exception_class:
         known = ", ".join(repr(name) for name in connections)
         raise ConfigurationError(f"there is no database alias {alias!r}; DATABASES has {known}") from None
     return connection
+
+
+@lru_cache(maxsize=1)
+def _connections() -> Any:  # noqa: ANN401 - Django has no types
+    """Give Django's connections, of whatever thread asks them; an import costs more than a look."""
+    from django.db import connections
+
+    return connections
 
 
 def transaction_of(connection: BaseDatabaseWrapper) -> object | None:
@@ -48,13 +54,15 @@ def transaction_of(connection: BaseDatabaseWrapper) -> object | None:
     return None if autocommit else connection
 
 
-def others_in_transaction(alias: str) -> Iterator[str]:
-    """Name the other aliases of this thread that are inside a transaction."""
-    from django.db import connections
-
+def other_in_transaction(alias: str) -> str | None:
+    """Name another alias of this thread that is inside a transaction; None: there is none."""
+    connections = _connections()
+    if len(connections.settings) == 1:
+        return None
     for connection in connections.all(initialized_only=True):
         if connection.alias != alias and connection.connection is not None and transaction_of(connection) is not None:
-            yield connection.alias
+            return cast("str", connection.alias)
+    return None
 
 
 def require_postgresql(connection: BaseDatabaseWrapper) -> None:

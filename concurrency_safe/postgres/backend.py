@@ -72,7 +72,8 @@ class PostgresBackend:
                 grant = yield from self._try_slots_again(borrower, request, numbers)
             if grant is not None:
                 self._confirm(borrower, holds, grant, numbers)
-                yield from self.pool.free(borrower)
+                if not self.pool.free_at_once(borrower):
+                    yield from self.pool.free(borrower)
         except (ServerGoneError, ServerRefusedError) as error:
             raise explain(error, request, time.monotonic() - started) from error
         return grant
@@ -81,8 +82,10 @@ class PostgresBackend:
         name = session_name(borrower.work)
         kind: sql.Kind = "slot" if request.slots > 1 else "all" if len(numbers) > 1 else "one"
         while True:
-            session = yield from self.pool.lend(borrower, numbers, name, empty=False)
-            used = bool(session.prepared)
+            session = self.pool.lend_at_once(borrower, numbers, name) or (
+                yield from self.pool.lend(borrower, numbers, name, empty=False)
+            )
+            used = bool(session.wire.prepared)
             try:
                 return (yield from session.try_acquire(request, numbers, name, kind, fenced=self._options.fencing))
             except ServerGoneError:
@@ -153,12 +156,13 @@ class PostgresBackend:
     @staticmethod
     def _confirm(borrower: Borrower, holds: Sequence[Hold], grant: Grant, asked: Sequence[int]) -> None:
         session: LockSession = borrower.session
+        shared = holds[0].shared
         for hold, number in zip(holds, grant.numbers, strict=True):
             hold.number = number
             hold.session = session
             session.held[number] = hold
-        # Not all of them: a lock on this session may have been left to us meanwhile.
-        session.debts.difference_update([(number, holds[0].shared) for number in asked])
+        for number in asked:  # not all debts: a lock on this session may have been left to us meanwhile
+            session.debts.discard((number, shared))
 
     def release(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
         """Release `holds`; False: one of them wasn't held any more, since its session was cut, or a pooler shares it.
@@ -166,11 +170,12 @@ class PostgresBackend:
         After anything but a return the caller lets `undo` run.
         """
         released = True
-        for session, mine in _by_session(holds).items():
+        for session, mine in ({holds[0].session: holds} if len(holds) == 1 else _by_session(holds)).items():
             try:
-                yield from self.pool.take(borrower, session)
+                if not self.pool.take_at_once(borrower, session):
+                    yield from self.pool.take(borrower, session)
                 ours = yield from self._release_in(session, mine)
-                if ours:
+                if ours and not self.pool.free_at_once(borrower):
                     yield from self.pool.free(borrower)
             except (ServerGoneError, ServerRefusedError):
                 ours = False
@@ -184,15 +189,21 @@ class PostgresBackend:
 
     @staticmethod
     def _release_in(session: LockSession, holds: Sequence[Hold]) -> Steps[bool]:
-        mine = [hold for hold in holds if session.held.get(hold.number) is hold]
-        if not mine:  # another thread has just released them
+        numbers = []
+        held, debts = session.held, session.debts
+        for hold in holds:
+            number = hold.number
+            if held.get(number) is hold:  # else another thread has just released it
+                debts.add((number, hold.shared))
+                del held[number]
+                session.last = number, hold.key
+                numbers.append(number)
+        if not numbers:
             return True
-        for hold in mine:
-            session.debts.add((hold.number, hold.shared))
-            del session.held[hold.number]
-        session.last = mine[0].number, mine[0].key
-        ours = yield from session.release([hold.number for hold in mine], shared=mine[0].shared)
-        session.debts.difference_update([(hold.number, hold.shared) for hold in mine])
+        shared = holds[0].shared
+        ours = yield from session.release(numbers, shared=shared)
+        for number in numbers:
+            debts.discard((number, shared))
         if ours:
             for channel in session.asked():
                 yield from session.tell(channel)

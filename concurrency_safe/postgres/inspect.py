@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 from functools import lru_cache
 from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
+
+from concurrency_safe import forks
 
 #: PostgreSQL cuts an application_name at 63 bytes.
 _NAME_BYTES = 63
@@ -20,7 +21,7 @@ def session_name(work: str | None) -> str:
 
     `work`: whose work it is for (a task's id); None: it has no name.
     """
-    name = _process_name(os.getpid())
+    name = _process_name(forks.pid)
     return f"{name}:{short(work)}" if work else name
 
 

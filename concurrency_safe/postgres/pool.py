@@ -6,12 +6,12 @@ can't prove that what it leaves is clean ends the session.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from concurrency_safe import forks
 from concurrency_safe.core.steps import GateWait, Steps
 
 from .protocol import STALL, ServerGoneError
@@ -33,10 +33,12 @@ class SessionPool:
         self._size = max(size, 1)
         self._kept = size
         self._max_idle = max_idle
+        #: More of them, and the end of a turn looks for idle ones to end: not for a single one, which was just used.
+        self._unpruned = min(size, 1) if max_idle else 0
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        self._pid = forks.pid
         self.sessions: list[LockSession] = []
         self._opening: set[Borrower] = set()
         #: Who waits for a turn, the first first: on this session, or (None) on one that serves these numbers and name.
@@ -52,7 +54,7 @@ class SessionPool:
 
         Raises: ServerGoneError: no turn came. LockUnavailable, ConfigurationError: no session could be opened.
         """
-        if self._pid != os.getpid():
+        if self._pid != forks.pid:
             self._reset()  # the sockets are closed already (protocol._drop_in_child)
         until = time.monotonic() + STALL
         try:
@@ -77,6 +79,22 @@ class SessionPool:
             self._opening.discard(borrower)
             self._queue.pop(borrower, None)
 
+    def lend_at_once(self, borrower: Borrower, numbers: Sequence[int], name: str) -> LockSession | None:
+        """Give `borrower` a session that nobody uses now and that holds none of `numbers`; None: `lend` must."""
+        if self._pid != forks.pid:
+            return None
+        with self.mutex:
+            return self._pick(borrower, numbers, name, empty=False)
+
+    def take_at_once(self, borrower: Borrower, session: LockSession) -> bool:
+        """Begin the turn of `borrower` on `session`, if nobody uses it; False: `take` must."""
+        with self.mutex:
+            if session.user is not None or session.dead:
+                return False
+            borrower.session = session
+            session.user = borrower
+        return True
+
     def take(self, borrower: Borrower, session: LockSession) -> Steps[None]:
         """Wait for the turn of `borrower` on `session`.
 
@@ -85,12 +103,9 @@ class SessionPool:
         until = time.monotonic() + STALL
         try:
             while not session.dead:
-                with self.mutex:
-                    if session.user is None:
-                        borrower.session = session
-                        session.user = borrower
-                        return
-                    self._queue[borrower] = (session, (), "")
+                self._queue[borrower] = (session, (), "")  # first, or the end of the other's turn may be missed
+                if self.take_at_once(borrower, session):
+                    return
                 yield from self._turn(borrower, until)
         finally:
             self._queue.pop(borrower, None)
@@ -108,29 +123,31 @@ class SessionPool:
 
         Raises: ServerGoneError, ServerRefusedError: the session is of no more use.
         """
-        session: LockSession = borrower.session
-        while not self._freed(borrower, session):
-            yield from session.settle()
+        while not self.free_at_once(borrower):
+            yield from borrower.session.settle()
 
-    def _freed(self, borrower: Borrower, session: LockSession) -> bool:
+    def free_at_once(self, borrower: Borrower) -> bool:
+        """End the turn of `borrower`; False: there is something to pay, so `free` must."""
+        session: LockSession = borrower.session
         with self.mutex:
             if session.debts and not session.dead:
                 return False
             session.blocked = False
             session.used_at = time.monotonic()
-            if not session.held:
-                session.idle_since = session.used_at
-            session.user = None
-            borrower.session = None
-            for waiting, (wanted, numbers, name) in tuple(self._queue.items()) if self._queue else ():
-                if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
-                    waiting.gate.open()
-                    break
-            if len(self.sessions) > min(self._kept, 1) or not self._max_idle:  # else the only one, just used
+            session.user = borrower.session = None
+            if self._queue:
+                self._call_next(session)
+            if len(self.sessions) > self._unpruned:
                 self.prune()
         if session.dead:
             self.forget(session)
         return True
+
+    def _call_next(self, session: LockSession) -> None:
+        for waiting, (wanted, numbers, name) in tuple(self._queue.items()):
+            if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
+                waiting.gate.open()
+                return
 
     def forget(self, session: LockSession) -> None:
         """Close a session that is of no more use, and tell the owners of what it held."""
@@ -155,7 +172,7 @@ class SessionPool:
                 if session.user is not None or session.held:
                     continue
                 too_many = len(self.sessions) > self._kept and (not self._kept or self._has_room(session))
-                if too_many or session.idle_since < oldest:
+                if too_many or session.used_at < oldest:
                     self.forget(session)
 
     def _has_room(self, but: LockSession) -> bool:
@@ -163,7 +180,7 @@ class SessionPool:
 
     def close(self) -> None:
         """End every session that holds nothing."""
-        if self._pid != os.getpid():
+        if self._pid != forks.pid:
             self._reset()  # a forked child has none: their sockets' numbers may be other files' by now
         with self.mutex:
             for session in list(self.sessions):

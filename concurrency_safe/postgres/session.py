@@ -61,7 +61,7 @@ POOLER_ROUNDS = 3
 class Grant(NamedTuple):
     """What was granted: the numbers, in the request's order, and the fencing token (None: not enabled)."""
 
-    numbers: tuple[int, ...]
+    numbers: Sequence[int]
     token: int | None
 
 
@@ -79,14 +79,13 @@ class LockSession:
         "debts",
         "held",
         "home",
-        "idle_since",
         "last",
         "name",
         "pgconn",
         "pid",
-        "prepared",
         "used_at",
         "user",
+        "wire",
     )
 
     #: Most locks that one session holds; each statement's end walks its table of locks.
@@ -96,8 +95,9 @@ class LockSession:
         """Take over `pgconn`; `pid` is the server process behind it."""
         self.pgconn = pgconn
         self.pid = pid
-        self.prepared: set[bytes] = set()
-        self.idle_since = self.used_at = time.monotonic()
+        self.wire = protocol.Wire(pgconn)
+        #: The monotonic time of the last use: idle since then, when nothing is held.
+        self.used_at = time.monotonic()
         #: The application_name that was set last; None: unknown, so the next user sets it.
         self.name: str | None = None
         #: Whose statement is under way; None: anybody may send one.
@@ -124,21 +124,22 @@ class LockSession:
         """
         named = self.name != name
         statement = sql.try_statement(kind, shared=request.shared, fenced=fenced, named=named)
-        params = [b"%d" % numbers[0] if kind == "one" else b"{%s}" % b",".join(b"%d" % one for one in numbers)]
+        params = [b"%d" % numbers[0] if kind == "one" else b"{%s}" % b",".join([b"%d" % one for one in numbers])]
         if named:
             self.name = None
             params.append(name.encode())
-        debts = [(number, request.shared) for number in numbers]
-        self.debts.update(debts)
-        result = yield from protocol.execute(self.pgconn, self.prepared, statement, params)
+        for number in numbers:
+            self.debts.add((number, request.shared))
+        result = yield from protocol.execute(self.wire, statement, params)
         self.name = name
         got = result.get_value(0, 0)
         if got is None or got == b"f":
             if kind != "head":  # whose gate is held still
-                self.debts.difference_update(debts)
+                self.debts.difference_update((number, request.shared) for number in numbers)
             return None
-        slot = kind in ("slot", "head")
-        return Grant((int(got),) if slot else tuple(numbers), token_of(result, 1) if fenced else None)
+        if kind in ("slot", "head"):
+            numbers = (int(got),)
+        return Grant(numbers, token_of(result, 1) if fenced else None)
 
     def wait_acquire(
         self, request: Request, numbers: Sequence[int], name: str, max_block: float, *, fenced: bool
@@ -149,8 +150,7 @@ class LockSession:
         texts = [b"%d" % number for number in numbers]
         known, self.name = self.name, None
         result = yield from protocol.wait_acquire(
-            self.pgconn,
-            self.prepared,
+            self.wire,
             texts,
             request.deadline,
             max_block,
@@ -173,7 +173,7 @@ class LockSession:
         many = len(numbers) > 1
         statement = sql.release_statement(shared=shared, many=many)
         param = b"{%s}" % b",".join(b"%d" % number for number in numbers) if many else b"%d" % numbers[0]
-        result = yield from protocol.execute(self.pgconn, self.prepared, statement, [param])
+        result = yield from protocol.execute(self.wire, statement, [param])
         return result.get_value(0, 0) == b"t"
 
     def settle(self) -> Steps[None]:
@@ -188,7 +188,7 @@ class LockSession:
                     yield from protocol.answer(self.pgconn, until)
                 except OperationalError as error:
                     raise protocol.ServerGoneError(str(error)) from error
-        self.prepared.clear()  # which statements were prepared is not known any more
+        self.wire.prepared.clear()  # which statements were prepared is not known any more
         self.name = None
         debts = tuple(self.debts)
         unlock = b"".join(
@@ -227,7 +227,7 @@ class LockSession:
     def holders(self, statement: sql.Statement, numbers: Sequence[int]) -> Steps[PGresult]:
         """Ask who holds `numbers`, or waits for them: rows of backend pid, application_name, client address."""
         param = b"{%s}" % b",".join(b"%d" % number for number in numbers)
-        return protocol.execute(self.pgconn, self.prepared, statement, [param])
+        return protocol.execute(self.wire, statement, [param])
 
     def is_dead(self) -> bool:
         """Say, without a query, whether the server has closed this idle session."""

@@ -36,6 +36,9 @@ _SAVEPOINT = "concurrency_safe_wait"
 #: the queue each time.
 BLOCKING_PIECE = 0.2
 
+#: Whether the last answer on an alias came at once (see `protocol.Wire`).
+_is_brisk: dict[str, bool] = {}
+
 
 class TransactionLock:
     """One key on one Django connection, which is inside a transaction: its acquisition, and how long it lasts."""
@@ -148,7 +151,31 @@ class TransactionLock:
             refuse_long_queue(request, len(cursor.fetchall()), ", ".join(map(str, self.holders())) or None)
 
     def _try(self, key: LockKey) -> bool:
-        return bool(self._row(sql.try_in_transaction(shared=self._request.shared), [key.number])[0])
+        statement = sql.try_in_transaction(shared=self._request.shared)
+        connection, raw = self._connection, self._raw()
+        # Django's cursor begins the transaction, and shows its statements to whoever listens.
+        if raw is None or not _is_begun(raw) or connection.queries_logged or connection.execute_wrappers:
+            return bool(self._row(statement, [key.number])[0])
+        sent = time.monotonic()
+        spin = protocol.SPIN if _is_brisk.get(connection.alias, True) else 0
+        try:
+            result = drive(protocol.query(raw.pgconn, (statement % key.number).encode(), spin=spin))
+        except (protocol.ServerGoneError, protocol.ServerRefusedError):
+            connection.errors_occurred = True  # as of a cursor's: Django looks after the connection
+            raise
+        except BaseException:
+            self._end_statement(raw)
+            raise
+        _is_brisk[connection.alias] = time.monotonic() - sent < protocol.BRISK
+        return result.get_value(0, 0) == b"t"
+
+    def _end_statement(self, raw: Connection[Any]) -> None:
+        """After an interrupt: leave no statement under way; close the connection when that can't be done."""
+        try:
+            if raw.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                end_statement(raw.pgconn)
+        except protocol.ServerGoneError:
+            self._connection.close()
 
     def _wait(self) -> bool:
         """Wait inside a savepoint: undone, it also frees a lock that was granted as the wait timed out."""
@@ -221,9 +248,10 @@ class TransactionLock:
             self._connection.close()
 
     def _raw(self) -> Connection[Any] | None:
-        """Give psycopg 3's connection: its wait can be driven from here. Psycopg 2 blocks in C."""
+        """Give psycopg 3's connection: its wait can be driven from here, but in a pipeline. Psycopg 2 blocks in C."""
         raw = self._connection.connection
-        return raw if isinstance(raw, Connection) else None
+        is_ours = isinstance(raw, Connection) and raw.pgconn.pipeline_status == pq.PipelineStatus.OFF
+        return raw if is_ours else None
 
     def _execute(self, statement: str) -> None:
         with self._connection.cursor() as cursor:
@@ -234,6 +262,10 @@ class TransactionLock:
             cursor.execute(statement, params)
             row: Sequence[Any] = cursor.fetchone()
             return row
+
+
+def _is_begun(raw: Connection[Any]) -> bool:
+    return bool(raw.pgconn.transaction_status == pq.TransactionStatus.INTRANS)
 
 
 def end_statement(pgconn: PGconn) -> None:

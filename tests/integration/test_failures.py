@@ -103,12 +103,13 @@ def test_an_interrupt_as_a_lock_leaves_its_key_leaves_nothing() -> None:
 
     held = lock("one").acquire()
     owner = held._footing.owner
-    assert held._space is not None
+    claims = held._footing.ownership
+    assert claims is not None
     assert owner is not None
-    held._space.claims._held = Interrupted(held._space.claims._held)
+    claims._held = Interrupted(claims._held)
     with pytest.raises(Interrupt):
         held.release()
-    assert held._space.claims.find(held._keys[0], owner) is None
+    assert claims.find(held._keys[0], owner) is None
 
 
 def test_a_gate_may_be_opened_twice() -> None:

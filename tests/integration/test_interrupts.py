@@ -167,7 +167,8 @@ def test_an_asynchronous_exception_ends_a_wait_at_once(where: str, store: LockSt
     def waits() -> bool:
         if held is None:
             return store.waiting() == 1
-        return held._space is not None and held._space.claims.waiting(held._keys[0]) == 1
+        claims = held._footing.ownership
+        return claims is not None and claims.waiting(held._keys[0]) == 1
 
     waiter = threading.Thread(target=wait)
     waiter.start()

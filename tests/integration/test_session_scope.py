@@ -155,8 +155,8 @@ def test_threads_of_one_process_exclude_each_other(store: LockStore) -> None:
 def test_threads_of_one_process_queue_in_order(store: LockStore) -> None:
     order: list[int] = []
     held = lock("one").acquire()
-    space = held._space
-    assert space is not None
+    claims = held._footing.ownership
+    assert claims is not None
 
     def work(number: int) -> None:
         with lock("one", timeout=None):
@@ -165,7 +165,7 @@ def test_threads_of_one_process_queue_in_order(store: LockStore) -> None:
     threads = []
     for number in range(6):
         threads.append(in_thread(lambda number=number: work(number)))
-        wait_for(lambda: space.claims.waiting(held._keys[0]) == len(threads))
+        wait_for(lambda: claims.waiting(held._keys[0]) == len(threads))
     held.release()
     for thread in threads:
         thread.join()
