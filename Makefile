@@ -63,6 +63,8 @@ types: $(MADE) ## check the types: mypy for all the code, pyright for the public
 
 bench: $(MADE) $(PEERS)/.made ## measure an uncontended lock and Celery tasks, beside other libraries (ARGS="--tasks 500")
 	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.uncontended
+	$(TETHER) $(PY) -m benchmarks.handoff
+	$(TETHER) $(PY) -m benchmarks.imports
 	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.celery_throughput $(ARGS)
 
 # What is measured beside us, in a folder of its own; one at a time, since some don't support every Python.
