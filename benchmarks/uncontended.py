@@ -3,14 +3,17 @@
     python -m benchmarks.uncontended [--rounds 30] [--pairs 300] [--held 1000] [--markdown FILE]
 
 Medians of interleaved rounds, as ratios to a prepared try and unlock on one psycopg connection with autocommit, over
-the same Unix socket (`tcp`: over TCP). Redis is Valkey, over TCP. Then: the same lock while the process holds `--held`
-others, as a ratio to the same lock without them. Peers that are not installed are left out (see `benchmarks.peers`).
+the same Unix socket (`tcp`: over TCP). Redis is Valkey, over TCP. Client and servers are bound to two processors, then
+to one: left to the system, it is one or the other for a whole run, and a wake-up across processors is most of the time.
+Then: the same lock while the process holds `--held` others, as a ratio to the same lock without them. Peers that are
+not installed are left out (see `benchmarks.peers`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -114,6 +117,15 @@ def rounds(contestants: dict[str, Pairs], number: int, pairs: int) -> Iterator[d
         yield seen
 
 
+def bind(server: PostgresServer, valkey: ValkeyServer, processor: int) -> None:
+    """Bind the servers to `processor`, and this process to the first one."""
+    with psycopg.connect(server.socket_dsn) as connection:
+        pids = [pid for (pid,) in connection.execute("SELECT pid FROM pg_stat_activity").fetchall()]
+    for pid in (server.pid, valkey.pid, *pids):
+        os.sched_setaffinity(pid, {processor})
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def beside_held(held: int, number: int, pairs: int) -> float:
     """Give what a lock costs while the process holds `held` others, as a ratio to what it costs without them."""
     configure(max_held=held + 1)
@@ -154,11 +166,18 @@ def main() -> None:
                 contestants[name] = peer(server.socket_dsn, valkey.url, stack)
             except (ImportError, SyntaxError):  # the latter: written for a later Python
                 missing.append(name)
-        seen = list(rounds(contestants, options.rounds, options.pairs))
-        table = list(_table(seen))
+        for contestant in contestants.values():
+            contestant(options.pairs)  # so that it has its connections
+        processors = sorted(os.sched_getaffinity(0))[:2]
+        lines = []
+        for processor in reversed(processors):
+            bind(server, valkey, processor)
+            where = "one processor" if processor == processors[0] else "two processors"
+            lines += [f"| on {where} | µs | of the psycopg pair |", "|---|---|---|"]
+            lines += _table(list(rounds(contestants, options.rounds, options.pairs)))
+            lines.append("")
         ratio = beside_held(options.held, 5, options.pairs)
-    lines = ["| lock | µs | of the psycopg pair |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in table)]
-    lines += ["", f"While the process holds {options.held} other locks: {ratio:.2f} of what it costs without them."]
+    lines.append(f"While the process holds {options.held} other locks: {ratio:.2f} of what it costs without them.")
     if missing:
         lines += ["", f"Not installed: {', '.join(missing)}."]
     print("\n".join(lines))
@@ -173,11 +192,11 @@ def _use_django(server: PostgresServer) -> None:
     django.setup()
 
 
-def _table(seen: list[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
+def _table(seen: list[dict[str, float]]) -> Iterator[str]:
     for name in seen[0]:
         median = statistics.median(each[name] for each in seen)
         ratio = statistics.median(each[name] / each[YARDSTICK] for each in seen)
-        yield name, f"{median:.0f}", f"{ratio:.2f}"
+        yield f"| {name} | {median:.0f} | {ratio:.2f} |"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The conversation with PostgreSQL, as rules: which statement, in which order, and what each answer means.
 
-Each rule is a generator that yields the socket waits (see `core.steps`); nothing here blocks, and nothing here knows
-threads or asyncio. Raw libpq, since psycopg's own wait can't be left by a signal handler's exception without an
-abandoned statement that is granted the lock later, and costs twice the time.
+Each rule is a generator that yields the socket waits (see `core.steps`); nothing here blocks, though an answer is
+looked for before the wait for it (`SPIN`), and nothing here knows threads or asyncio. Raw libpq, since psycopg's own
+wait can't be left by a signal handler's exception without an abandoned statement that is granted the lock later, and
+costs twice the time.
 Source: https://www.postgresql.org/docs/current/libpq-async.html
 """
 
@@ -12,7 +13,8 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from psycopg import OperationalError, pq
 from psycopg.pq.abc import PGconn, PGresult
@@ -21,7 +23,6 @@ from concurrency_safe.core.steps import READ, WRITE, CallWait, Gate, GateWait, S
 
 from . import sql
 from .sql import Statement
-from .waiting import look
 
 #: Seconds that a server may keep silent about a statement that doesn't wait for a lock. Longer than any pause of a
 #: healthy server, shorter than a person's patience.
@@ -34,6 +35,9 @@ GRACE = 1.0
 #: Measured (docs/decisions/0014-look-before-sleep.md): a pair of statements takes 43 us so, and 142 without.
 SPIN = 50e-6
 BRISK = 150e-6
+
+#: Lets others run: on one processor it is the server's turn then. macOS and Windows have no such call.
+_give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # noqa: TID251 - 0 is no sleep
 
 _OK = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 
@@ -166,14 +170,12 @@ def answer(pgconn: PGconn, until: float, spin: float = 0) -> Steps[PGresult]:
 
     Raises: ServerRefusedError, ServerGoneError.
     """
-    socket = pgconn.socket
-    while pgconn.flush():
-        if not (yield SocketWait(socket, READ | WRITE, until)):
-            raise ServerGoneError("the server did not read the statement in time")
-        pgconn.consume_input()
+    if pgconn.flush():
+        yield from _send(pgconn, until)
     last = None
+    spin_until = time.monotonic() + spin
     while True:
-        if not (spin and look(socket, spin)) and not (yield SocketWait(socket, READ, until)):
+        if not spin and not (yield SocketWait(pgconn.socket, READ, until)):
             raise ServerGoneError("the server did not answer in time")
         pgconn.consume_input()
         while not pgconn.is_busy():
@@ -181,6 +183,18 @@ def answer(pgconn: PGconn, until: float, spin: float = 0) -> Steps[PGresult]:
             if result is None:
                 return _checked(pgconn, last)
             last = result
+        if spin:
+            _give_way()
+            if time.monotonic() > spin_until:
+                spin = 0
+
+
+def _send(pgconn: PGconn, until: float) -> Steps[None]:
+    """Send the rest of what is buffered, while the server may be sending, too."""
+    while pgconn.flush():
+        if not (yield SocketWait(pgconn.socket, READ | WRITE, until)):
+            raise ServerGoneError("the server did not read the statement in time")
+        pgconn.consume_input()
 
 
 def _checked(pgconn: PGconn, result: PGresult | None) -> PGresult:

@@ -7,11 +7,8 @@ for a signal, and after `SLICE` at the latest for an asynchronous exception.
 
 from __future__ import annotations
 
-import os
 import select
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 from concurrency_safe.core.steps import READ, WRITE, CallWait, GateWait, Steps, Wait
@@ -53,25 +50,6 @@ def _wait(want: Wait) -> bool:
             return True
         if left <= slice_ and until is not None:
             return False
-
-
-def look(fd: int, seconds: float) -> bool:
-    """Look for input on the socket for `seconds` (microseconds, of the processor's time); say whether some is there.
-
-    Each look lets others run: on one processor it is the server's turn then.
-    """
-    if wait_socket(fd, READ, 0):
-        return True
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        _give_way()
-        if wait_socket(fd, READ, 0):
-            return True
-    return False
-
-
-#: macOS and Windows have no such call.
-_give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # noqa: TID251 - 0 is no sleep
 
 
 def has_hung_up(fd: int) -> bool:
