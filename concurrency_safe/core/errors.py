@@ -93,12 +93,12 @@ class LockReentrancyError(ConcurrencySafeError):
     """A lock was entered again where that can't work."""
 
 
-class LockCapacityError(ConcurrencySafeError):
-    """No room for another lock: in PostgreSQL's lock table (SQLSTATE 53200), or under the process's own cap."""
-
-
 class LockUnavailable(ConcurrencySafeError):
     """The lock store can't be reached or used, so the body did not run."""
+
+
+class LockCapacityError(LockUnavailable):
+    """No room for another lock: in PostgreSQL's lock table (SQLSTATE 53200), or under the process's own cap."""
 
 
 class KeyTemplateError(ConcurrencySafeError, ValueError):

@@ -1,0 +1,272 @@
+"""Real workers on real brokers under faults for a while, then the verdict.
+
+    python -m benchmarks.chaos [--seed 1] [--seconds 300] [--report FOLDER]
+
+Celery's workers are on Redis (Valkey), Dramatiq's on RabbitMQ where `python -m tests.servers.fetch` brought it. The
+seed decides which faults there are, and when; what they hit, the workers' own pace decides. The exit status is 1 when
+the judge found anything wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from benchmarks.chaos.faults import Faults
+from benchmarks.chaos.judge import Verdict, judge, read_runs
+from benchmarks.chaos.relay import Relay
+from benchmarks.chaos.report import markdown, picture
+from concurrency_safe.postgres.sql import CREATE_FENCE
+from concurrency_safe.testing import PostgresServer, ValkeyServer
+from tests.servers.fetch import rabbitmq_root
+from tests.servers.rabbitmq import RabbitMQServer
+
+KEYS = tuple("abcdef")
+#: Jobs that are on their way at a time, and seconds that the last of them may take: Celery looks every 100 s for the
+#: messages of workers that died on Redis.
+OUTSTANDING, PATIENCE = 24, 240.0
+
+CELERY = ["celery", "-A", "benchmarks.chaos.work:celery", "worker", "-c", "3", "--loglevel", "INFO"]
+CELERY += ["--without-gossip", "--without-mingle"]
+DRAMATIQ = ["dramatiq", "benchmarks.chaos.work", "--processes", "2", "--threads", "3", "--queues", "chaos"]
+
+#: Rows of the lock store that only ours can have: the faults' own locks end with their sessions.
+LEFT = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE locktype = 'advisory'"
+SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cs:%'"
+
+
+class Crew:
+    """The workers; who dies is replaced."""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        """Start two of Celery's and one of Dramatiq's."""
+        self._environment = environment
+        self._log = log.open("ab")
+        self._commands = [[*CELERY, "-n", f"one-{os.getpid()}"], [*CELERY, "-n", f"two-{os.getpid()}"], DRAMATIQ]
+        self.replaced = 0
+        self.workers = [self._start(command) for command in self._commands]
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=self._environment,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+
+    def pids(self) -> list[int]:
+        """Give the pids of the workers' main processes."""
+        return [worker.pid for worker in self.workers]
+
+    def replace_dead(self) -> None:
+        """Start anew who has ended; what it left behind is ended first."""
+        for number, worker in enumerate(self.workers):
+            if worker.poll() is not None:
+                self._end_session(worker, signal.SIGKILL)
+                self.workers[number] = self._start(self._commands[number])
+                self.replaced += 1
+
+    def stop(self) -> None:
+        """Let them end as they do at a deployment."""
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            try:
+                worker.wait(60)
+            except subprocess.TimeoutExpired:
+                self._end_session(worker, signal.SIGKILL)
+                worker.wait()
+            self._end_session(worker, signal.SIGKILL)
+        self._log.close()
+
+    @staticmethod
+    def _end_session(worker: subprocess.Popen[bytes], signum: int) -> None:
+        try:
+            os.killpg(worker.pid, signum)
+        except ProcessLookupError:
+            return
+
+
+class Jobs:
+    """The jobs, whose client sends again what its queue has failed."""
+
+    def __init__(self, log: Path, seed: int) -> None:
+        """Follow the runs in `log`."""
+        from benchmarks.chaos import work
+
+        self._send = {"celery": work.celery_job.delay, "dramatiq": work.dramatiq_job.send}
+        self._chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
+        self._log = log.open()
+        self._arguments: dict[int, tuple[str, tuple[int, str, float]]] = {}
+        self._job_of: dict[str, int] = {}
+        self._lost: set[str] = set()
+        self.open: set[int] = set()
+        #: The messages of each job.
+        self.messages: dict[int, list[str]] = {}
+        self.sent_again = 0
+
+    @property
+    def all(self) -> set[int]:
+        """Every job there is."""
+        return set(self._arguments)
+
+    def feed(self) -> None:
+        """Send new ones until enough are on their way."""
+        while len(self.open) < OUTSTANDING:
+            number = len(self._arguments)
+            by = ("celery", "dramatiq")[number % 2]
+            self._arguments[number] = (by, (number, self._chance.choice(KEYS), self._chance.uniform(0.05, 0.6)))
+            self.open.add(number)
+            self._dispatch(number)
+
+    def _dispatch(self, number: int) -> None:
+        by, arguments = self._arguments[number]
+        sent = self._send[by](*arguments)
+        self.messages.setdefault(number, []).append(sent.id if by == "celery" else sent.message_id)
+
+    def look(self) -> None:
+        """Read what has happened since the last look."""
+        for line in self._log:
+            fact: dict[str, Any] = json.loads(line)
+            run = fact["run"]
+            if fact["fact"] == "begin":
+                self._job_of[run] = fact["job"]
+            elif fact["fact"] == "end" and run not in self._lost:
+                self.open.discard(self._job_of[run])
+            elif fact["fact"] == "lost":
+                self._lost.add(run)
+                job = self._job_of[run]
+                # Its task fails by LockLost; Dramatiq tries such a message again, Celery leaves it to the client.
+                if self._arguments[job][0] == "celery":
+                    self.open.add(job)
+                    self.sent_again += 1
+                    self._dispatch(job)
+
+
+def play(seed: int, seconds: float, folder: Path) -> tuple[Verdict, dict[str, Any], str]:
+    """Play one run; give the verdict, and what a report needs."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(PostgresServer({"max_connections": "40", "max_locks_per_transaction": "20"}))
+        valkey = stack.enter_context(ValkeyServer())
+        relay = Relay(server.port)
+        store = f"postgresql://postgres@127.0.0.1:{relay.port}/postgres?connect_timeout=3"
+        amqp = valkey.url
+        if rabbitmq_root() is not None:
+            amqp = stack.enter_context(RabbitMQServer()).url.removesuffix("//") + "/%2F"
+        log = scratch / "runs"
+        log.touch()
+        os.environ |= {
+            "CHAOS_STORE": store, "CHAOS_REDIS": valkey.url, "CHAOS_AMQP": amqp, "CHAOS_LOG": str(log),
+        }  # fmt: skip
+        with psycopg.connect(server.dsn, autocommit=True) as connection:
+            connection.execute(CREATE_FENCE)
+        crew = Crew(dict(os.environ), folder / f"workers-{seed}.log")
+        try:
+            faults = Faults(seed, server, relay, crew.pids, KEYS)
+            jobs = Jobs(log, seed)
+            started = time.monotonic()
+            _let_it_run(jobs, crew, faults, seconds)
+            finished = _let_it_end(jobs, crew)
+        finally:
+            crew.stop()
+        wrong = _look_for_rests(server)
+        if not finished:
+            late = {number: jobs.messages[number] for number in sorted(jobs.open)}
+            wrong.append(f"not done {PATIENCE:.0f} s after the last fault, with their messages: {late}")
+        runs = read_runs(log, faults.done)
+        verdict = judge(runs, faults.done, jobs.all)
+        verdict.wrong += wrong
+        verdict.figures |= {"workers that were replaced": crew.replaced, "jobs that were sent again": jobs.sent_again}
+    facts = {
+        "seed": seed,
+        "seconds": seconds,
+        "dramatiq on": "RabbitMQ" if amqp.startswith("amqp") else "Valkey",
+        "figures": verdict.figures,
+        "faults by name": dict(Counter(fault.name for fault in faults.done)),
+        "wrong": verdict.wrong,
+        "faults": [
+            {**asdict(fault), "at": fault.at - started, "until": fault.until - started} for fault in faults.done
+        ],
+    }
+    return verdict, facts, picture(runs, faults.done, KEYS, started)
+
+
+def _let_it_run(jobs: Jobs, crew: Crew, faults: Faults, seconds: float) -> None:
+    jobs.feed()
+    until = time.monotonic() + PATIENCE
+    while len(jobs.open) == OUTSTANDING and time.monotonic() < until:  # the first job shows that the workers are there
+        jobs.look()
+        time.sleep(0.05)
+    until = time.monotonic() + seconds
+    due = time.monotonic() + 1
+    while time.monotonic() < until:
+        jobs.look()
+        jobs.feed()
+        crew.replace_dead()
+        if time.monotonic() >= due:
+            due = time.monotonic() + faults.next()
+        time.sleep(0.02)
+
+
+def _let_it_end(jobs: Jobs, crew: Crew) -> bool:
+    until = time.monotonic() + PATIENCE
+    while jobs.open and time.monotonic() < until:
+        jobs.look()
+        crew.replace_dead()
+        time.sleep(0.05)
+    return not jobs.open
+
+
+def _look_for_rests(server: PostgresServer) -> list[str]:
+    wrong = []
+    with psycopg.connect(server.dsn, autocommit=True) as connection:
+        until = time.monotonic() + 5
+        for what, query in (("locks", LEFT), ("sessions", SESSIONS)):
+            left: tuple[int] = (1,)
+            while left[0] and time.monotonic() < until:
+                left = connection.execute(query).fetchone() or (0,)
+            if left[0]:
+                wrong.append(f"{left[0]} {what} are left after the workers' end")
+    return wrong
+
+
+def main() -> int:
+    """Give the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--report", type=Path, default=Path("docs/chaos"), help="the folder of the reports")
+    options = parser.parse_args()
+    options.report.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        verdict, facts, drawing = play(options.seed, options.seconds, Path(folder))
+        if verdict.wrong:
+            shutil.copy(Path(folder, f"workers-{options.seed}.log"), options.report)
+    name = f"seed-{options.seed}"
+    (options.report / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (options.report / f"{name}.svg").write_text(drawing, encoding="utf-8")
+    text = markdown(facts, f"{name}.svg")
+    (options.report / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 1 if verdict.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
