@@ -58,14 +58,12 @@ def space_at_hand(connection: BaseDatabaseWrapper | None, settings: Settings) ->
     last_dsn, last_settings, space = _last
     if settings is not last_settings:
         return None
-    dsn = settings.dsn
-    if dsn is None:
-        if connection is None:
-            return None
-        dsn = _dsn_of(connection)
-    elif connection is not None and connection.vendor == "postgresql" and (dsn, _dsn_of(connection)) not in _verified:
-        return None
-    return space if dsn == last_dsn else None
+    if connection is None:
+        return space if settings.dsn == last_dsn else None
+    if settings.dsn is None:
+        return space if _dsn_of(connection) == last_dsn else None
+    is_one = connection.vendor != "postgresql" or (last_dsn, _dsn_of(connection)) in _verified
+    return space if is_one and settings.dsn == last_dsn else None
 
 
 def space_for(connection: BaseDatabaseWrapper | None, settings: Settings) -> Steps[LockSpace]:

@@ -164,18 +164,19 @@ class TransactionLock:
             connection.errors_occurred = True  # as of a cursor's: Django looks after the connection
             raise
         except BaseException:
-            self._end_statement(raw)
+            try:
+                self._end_statement()
+            except protocol.ServerGoneError:
+                connection.close()
             raise
         _is_brisk[connection.alias] = time.monotonic() - sent < protocol.BRISK
         return result.get_value(0, 0) == b"t"
 
-    def _end_statement(self, raw: Connection[Any]) -> None:
-        """After an interrupt: leave no statement under way; close the connection when that can't be done."""
-        try:
-            if raw.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                end_statement(raw.pgconn)
-        except protocol.ServerGoneError:
-            self._connection.close()
+    def _end_statement(self) -> None:
+        """After an interrupt: leave no statement under way. Raises: ServerGoneError: that can't be done."""
+        raw = self._raw()
+        if raw is not None and raw.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            end_statement(raw.pgconn)
 
     def _wait(self) -> bool:
         """Wait inside a savepoint: undone, it also frees a lock that was granted as the wait timed out."""
@@ -238,10 +239,8 @@ class TransactionLock:
         """Bring the transaction back to where it was before the wait; close the connection when that can't be done."""
         from django.db import Error
 
-        raw = self._raw()
         try:
-            if raw is not None and raw.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                end_statement(raw.pgconn)
+            self._end_statement()
             self._execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
             self._execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
         except (Error, PsycopgError, protocol.ServerGoneError):

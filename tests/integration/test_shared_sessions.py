@@ -72,11 +72,26 @@ def forget(held: list[HeldLock]) -> None:
     gc.collect()
 
 
+def test_a_release_waits_for_its_turn_on_a_session_in_use(backend: PostgresBackend, rival: Rival) -> None:
+    kept = lock("kept", backend=backend).acquire()
+    session, user = session_of(kept), Footing(None)
+    drive(backend.pool.take(user, session))
+    releasing = threading.Thread(target=lambda: drive(kept._give_up()))
+    releasing.start()
+    wait_for(lambda: len(backend.pool._queue) == 1)
+    assert not rival.try_hold("kept")
+    drive(backend.pool.free(user))
+    releasing.join()
+    assert rival.is_free("kept")
+    kept._leave_context()
+
+
 def test_an_acquisition_that_is_cut_off_leaves_the_others_on_its_session(
     backend: PostgresBackend, rival: Rival, store: LockStore
 ) -> None:
     """Stopped as its statement is under way, and granted later: the session is cleaned, not closed."""
     kept = lock("kept", backend=backend).acquire()
+    session_of(kept).wire.is_brisk = False
     footing = Footing(None)
     footing.backend = backend
     request = Request((lock_key("one"),))
@@ -113,6 +128,7 @@ def test_a_lock_forgotten_while_another_is_acquired_is_paid_for(
 ) -> None:
     """Whatever that acquisition hears; what it was about is not all that its session may owe."""
     kept, held = lock("kept", backend=backend).acquire(), [lock("one", backend=backend).acquire()]
+    session_of(kept).wire.is_brisk = False
     if taken:
         rival.hold("two")
     footing = Footing(None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from contextlib import ExitStack
 import pytest
 from django.db import DatabaseError, connection, connections, transaction
 from django.test import TestCase
+from django.test.utils import CaptureQueriesContext
 
 from concurrency_safe import (
     ConfigurationError,
@@ -276,6 +279,78 @@ def test_a_transaction_that_failed_before_is_refused(timeout: float | None, riva
             lock("one", timeout=timeout).acquire()
         transaction.set_rollback(True)
     assert rival.is_free("one")
+
+
+def backend_pid() -> int:
+    """Give the server process of Django's connection, which has a transaction then."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        pid: int = cursor.fetchone()[0]
+    return pid
+
+
+def try_in_transaction(pid: int) -> None:
+    with lock("one", timeout=0):
+        pytest.fail(f"the body ran, beside {pid}")
+
+
+def test_a_connection_that_dies_inside_its_transaction_is_unavailable(store: LockStore) -> None:
+    @transaction.atomic
+    def die() -> None:
+        pid = backend_pid()
+        store.connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        try:
+            try_in_transaction(pid)
+        finally:
+            assert connection.errors_occurred  # so Django looks after the connection at the end of the request
+
+    with pytest.raises(LockUnavailable):
+        die()
+    with lock("one", timeout=0):
+        pass
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+def test_an_interrupt_ends_a_try_inside_a_transaction(*, wakes: bool, rival: Rival) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    def on_alarm(_number: int, _frame: object) -> None:
+        if wakes:
+            os.kill(pid, signal.SIGCONT)
+        raise Interrupt
+
+    @transaction.atomic
+    def be_interrupted() -> None:
+        nonlocal pid
+        pid = backend_pid()
+        os.kill(pid, signal.SIGSTOP)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            try_in_transaction(pid)
+        finally:
+            # One statement ends with its cancellation; a server that keeps silent costs the connection.
+            assert connection.connection.closed is not wakes
+
+    pid = 0
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        with pytest.raises(Interrupt):
+            be_interrupted()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: rival.is_free("one"))
+    with transaction.atomic(), lock("one", timeout=0):
+        pass
+
+
+def test_who_listens_to_statements_sees_the_locks(rival: Rival) -> None:
+    with transaction.atomic(), CaptureQueriesContext(connection) as seen:
+        backend_pid()
+        with lock("one", timeout=0):
+            assert not rival.is_free("one")
+    assert any("pg_try_advisory_xact_lock" in each["sql"] for each in seen.captured_queries)
 
 
 def test_calls_of_an_atomic_function_are_different_transactions() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from concurrency_safe import Call, ConfigurationError, Raise, Retry, Skip
+from concurrency_safe import Call, ConfigurationError, Raise, Retry, Skip, lock
 from concurrency_safe.core.options import UNSET, LockOptions
 from concurrency_safe.core.policies import resolve_policy
 
@@ -35,12 +35,23 @@ def test_durations_are_seconds_none_or_zero(timeout: Any) -> None:
         ({"max_waiters": -1}, "max_waiters=-1"),
         ({"using": ""}, "using=''"),
         ({"using": 7}, "using=7"),
+        ({"timeout": [3]}, r"timeout=\[3\] is not a number of seconds"),
+        ({"scope": {}}, "scope={} is none of"),
     ],
     ids=repr,
 )
 def test_a_bad_option_is_named(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         LockOptions(**options)
+    for _ in range(2):  # nor is it remembered
+        with pytest.raises(ConfigurationError, match=says):
+            lock("one", **options)
+
+
+def test_options_that_are_equal_are_not_the_same() -> None:
+    lock("one", slots=1)
+    with pytest.raises(ConfigurationError, match="slots=True"):
+        lock("one", slots=True)
 
 
 def test_good_options_are_kept() -> None:
