@@ -315,6 +315,8 @@ def test_an_interrupt_ends_a_try_inside_a_transaction(*, wakes: bool, rival: Riv
     class Interrupt(BaseException):
         pass
 
+    pid = 0
+
     def on_alarm(_number: int, _frame: object) -> None:
         if wakes:
             os.kill(pid, signal.SIGCONT)
@@ -332,7 +334,6 @@ def test_an_interrupt_ends_a_try_inside_a_transaction(*, wakes: bool, rival: Riv
             # One statement ends with its cancellation; a server that keeps silent costs the connection.
             assert connection.connection.closed is not wakes
 
-    pid = 0
     before = signal.signal(signal.SIGALRM, on_alarm)
     try:
         with pytest.raises(Interrupt):
