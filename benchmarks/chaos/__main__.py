@@ -41,6 +41,9 @@ KEYS = tuple("abcdef")
 #: messages of workers that died on Redis.
 OUTSTANDING, PATIENCE = 24, 240.0
 
+#: Small, so that it can be filled. A commit is on disk when it is told: else a crash could let a token come twice.
+SERVER = {"max_connections": "40", "max_locks_per_transaction": "20", "synchronous_commit": "on"}
+
 CELERY = ["celery", "-A", "benchmarks.chaos.work:celery", "worker", "-c", "3", "--loglevel", "INFO"]
 CELERY += ["--without-gossip", "--without-mingle"]
 DRAMATIQ = ["dramatiq", "benchmarks.chaos.work", "--processes", "2", "--threads", "3", "--queues", "chaos"]
@@ -163,7 +166,7 @@ def play(seed: int, seconds: float, folder: Path) -> tuple[Verdict, dict[str, An
     """Play one run; give the verdict, and what a report needs."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(PostgresServer({"max_connections": "40", "max_locks_per_transaction": "20"}))
+        server = stack.enter_context(PostgresServer(SERVER))
         valkey = stack.enter_context(ValkeyServer())
         relay = Relay(server.port)
         store = f"postgresql://postgres@127.0.0.1:{relay.port}/postgres?connect_timeout=3"

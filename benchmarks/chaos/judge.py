@@ -1,4 +1,8 @@
-"""The judge: reads the log of the runs and the list of the faults, and knows nothing of locks."""
+"""The judge: reads the log of the runs and the list of the faults, and knows nothing of locks.
+
+In which order the runs of a key got the lock, their tokens say: a process may be stopped between the grant and the
+first line of the body, and write that line long after its lock was lost and another run has begun.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from typing import Any
 
 #: Seconds around a cut in which a run that begins or ends may or may not have been hit by it.
 MARGIN = 0.1
+
+#: Seconds that a process may have been stopped between the grant and the first line of the body.
+STOPPED = 3.0
 
 
 @dataclass
@@ -52,7 +59,7 @@ class Fault:
     def may_hit(self, run: Run) -> bool:
         """Say whether it can have been."""
         told = run.lost
-        return self.cuts is not None and told is not None and run.begin - MARGIN < self.until and self.at < told
+        return self.cuts is not None and told is not None and run.begin - STOPPED < self.until and self.at < told
 
 
 def read_runs(log: Path, faults: list[Fault]) -> list[Run]:
@@ -86,14 +93,14 @@ def judge(runs: list[Run], faults: list[Fault], jobs: set[int]) -> Verdict:
     """Judge: overlaps only after a loss that was told; losses told where sessions were cut; rising tokens; all done."""
     wrong: list[str] = []
     by_key: dict[str, list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda one: one.begin):
+    for run in sorted(runs, key=lambda one: one.token):
         by_key[run.key].append(run)
     told_overlaps = early_deaths = 0
     for key, mine in by_key.items():
         for number, one in enumerate(mine):
             for other in mine[number + 1 :]:
                 if one.end is not None and other.begin >= one.end:
-                    continue
+                    continue  # else `other` got the lock while the body of `one` ran, or before
                 if one.lost is not None:
                     told_overlaps += 1
                 elif one.killed and any(fault.cuts is not None and one.begin < fault.until for fault in faults):
@@ -101,9 +108,9 @@ def judge(runs: list[Run], faults: list[Fault], jobs: set[int]) -> Verdict:
                 else:
                     wrong.append(f"{key}: jobs {one.job} and {other.job} overlap, and {one.job} was told nothing")
         wrong += [
-            f"{key}: the token of job {later.job}, {later.token}, is not above that of {earlier.job}, {earlier.token}"
+            f"{key}: jobs {earlier.job} and {later.job} have the same token, {later.token}"
             for earlier, later in pairwise(mine)
-            if later.token <= earlier.token
+            if later.token == earlier.token
         ]
     hit = [run for run in runs if not run.killed and any(fault.hits(run) for fault in faults)]
     wrong += [f"job {run.job} was told nothing, though its session was cut" for run in hit if run.lost is None]

@@ -298,9 +298,10 @@ def pay(user_id): ...
     ("options", "says"),
     [
         (', base=ConcurrencySafeTask, lock_key="pay:{uid}"', "task pay: key template 'pay:{uid}'"),
+        (', base=ConcurrencySafeTask, key="pay"', "task pay: the option 'key' does nothing; use lock_key"),
         (', lock_key="pay:{user_id}"', "task pay: lock_key without base=ConcurrencySafeTask guards nothing"),
     ],
-    ids=["bad template", "no base"],
+    ids=["bad template", "bad option", "no base"],
 )
 def test_a_worker_with_a_mistake_does_not_start(options: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(WORKER.replace("{options}", options))
@@ -310,4 +311,5 @@ def test_a_worker_with_a_mistake_does_not_start(options: str, says: str, tmp_pat
 
     assert ran.returncode == 1
     assert says in ran.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in ran.stderr
     assert "ready." not in ran.stderr

@@ -6,14 +6,31 @@ Celery makes any option that it doesn't know an attribute without effect, so wha
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import IO, Any
 
+import click
 from celery import Celery, current_app
 
 from concurrency_safe.core.adapter_options import OPTIONS, refuse_mistaken, refuse_without_key
 from concurrency_safe.core.errors import ConfigurationError, KeyTemplateError
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.guards import Guard
+
+
+class _Shown(click.ClickException):
+    """Ends Celery's commands, which are Click's, by one line and exit status 1: a traceback would bury the line."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the line to stderr."""
+        click.echo(f"Error: {self}", file=file, err=True)
+
+
+class TaskConfigurationError(ConfigurationError, _Shown):  # type: ignore[misc]  # ours may have no message
+    """An option of a task is not usable."""
+
+
+class TaskKeyError(KeyTemplateError, _Shown):  # type: ignore[misc]  # see above
+    """The `lock_key` of a task is not usable."""
 
 
 def task_name(task: Any) -> str:
@@ -85,21 +102,28 @@ def _refuse_unguardable(run: Any) -> None:
 def build(task: Any, base: type) -> tuple[Guard, KeyTemplate] | None:
     """Make the guard of `task`, and the template of its key; None: it is not guarded.
 
-    Raises: ConfigurationError, KeyTemplateError: with the task's name before what is wrong.
+    Raises: TaskConfigurationError, TaskKeyError: with the task's name before what is wrong.
     """
+    who = f"task {task_name(task)}: "
+    try:
+        return _build(task, base)
+    except KeyTemplateError as error:
+        raise TaskKeyError(f"{who}{error}", error.key) from None
+    except ConfigurationError as error:
+        raise TaskConfigurationError(f"{who}{str(error).removeprefix(who)}", error.key) from None
+
+
+def _build(task: Any, base: type) -> tuple[Guard, KeyTemplate] | None:
     _refuse_mistakes(task, base)
     key = read_key(task, base)
     if key is None:
         return None
-    try:
-        _refuse_unguardable(task.run)
-        guard = Guard(
-            key,
-            timeout=read(task, "lock_timeout"),
-            shared=read(task, "lock_shared"),
-            slots=read(task, "lock_slots"),
-            on_conflict=read(task, "on_conflict"),
-        )
-        return guard, KeyTemplate(key, task.run, name=task_name(task))
-    except (ConfigurationError, KeyTemplateError) as error:
-        raise type(error)(f"task {task_name(task)}: {error}", error.key) from None
+    _refuse_unguardable(task.run)
+    guard = Guard(
+        key,
+        timeout=read(task, "lock_timeout"),
+        shared=read(task, "lock_shared"),
+        slots=read(task, "lock_slots"),
+        on_conflict=read(task, "on_conflict"),
+    )
+    return guard, KeyTemplate(key, task.run, name=task_name(task))
