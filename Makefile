@@ -61,20 +61,23 @@ types: $(MADE) ## check the types: mypy for all the code, pyright for the public
 	$(PY) -m mypy
 	$(PY) -m basedpyright --pythonpath $(PY)
 
-bench: $(MADE) $(PEERS)/.made ## measure an uncontended lock and Celery tasks, beside other libraries (ARGS="--tasks 500")
+bench: $(MADE) $(PEERS)/.made ## measure locks, hand-offs, imports and tasks, beside other libraries (ARGS="--tasks 500")
 	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.uncontended
 	$(TETHER) $(PY) -m benchmarks.handoff
+	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.throughput --plot docs/benchmarks/throughput.png
 	$(TETHER) $(PY) -m benchmarks.imports
 	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.celery_throughput $(ARGS)
+	$(TETHER) $(PY) -m benchmarks.dramatiq_throughput
 
 # What is measured beside us, in a folder of its own; one at a time, since some don't support every Python.
 $(PEERS)/.made: constraints.txt
 	rm -rf $(PEERS)
-	for peer in django-pglock sqlalchemy-dlock pals postgresql-lock python-redis-lock celery-once celery-singleton; do \
+	for peer in django-pglock sqlalchemy-dlock pals postgresql-lock python-redis-lock celery-once celery-singleton matplotlib; do \
 		$(PY) -m pip install --quiet --upgrade --target $(PEERS) --constraint constraints.txt $$peer sqlalchemy || echo "without $$peer"; done
 	touch $@
 
-chaos: $(MADE) ## walk the state machine for long, against crashes, interrupts and cuts (SEEDS="1 2 3" SECONDS=300)
+chaos: $(MADE) ## hurt workers, brokers and the lock store; walk the state machine (SEEDS="1 2 3" SECONDS=300)
+	for seed in $(SEEDS); do $(TETHER) $(PY) -m benchmarks.chaos --seed $$seed --seconds $(SECONDS) || exit 1; done
 	for seed in $(SEEDS); do $(TETHER) $(PY) -m tests.contract.machine --seed $$seed --seconds $(SECONDS) || exit 1; done
 
 docs: $(MADE) ## build the documentation (not built yet)
