@@ -72,11 +72,12 @@ bench: $(MADE) $(PEERS)/.made ## measure locks, hand-offs, imports and tasks, be
 # What is measured beside us, in a folder of its own; one at a time, since some don't support every Python.
 $(PEERS)/.made: constraints.txt
 	rm -rf $(PEERS)
-	for peer in django-pglock sqlalchemy-dlock pals postgresql-lock python-redis-lock celery-once celery-singleton matplotlib; do \
+	for peer in django-pglock django-pgware sqlalchemy-dlock pals postgresql-lock python-redis-lock celery-once celery-singleton matplotlib; do \
 		$(PY) -m pip install --quiet --upgrade --target $(PEERS) --constraint constraints.txt $$peer sqlalchemy || echo "without $$peer"; done
 	touch $@
 
 chaos: $(MADE) ## hurt workers, brokers and the lock store; walk the state machine (SEEDS="1 2 3" SECONDS=300)
+	$(PY) -m tests.servers.fetch
 	for seed in $(SEEDS); do $(TETHER) $(PY) -m benchmarks.chaos --seed $$seed --seconds $(SECONDS) || exit 1; done
 	for seed in $(SEEDS); do $(TETHER) $(PY) -m tests.contract.machine --seed $$seed --seconds $(SECONDS) || exit 1; done
 

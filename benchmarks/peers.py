@@ -34,6 +34,16 @@ def django_pglock(dsn: str, _: str, stack: ExitStack) -> Pairs:
     return _blocks(lambda: pglock.advisory("bench", timeout=0))
 
 
+def django_pgware(dsn: str, _: str, stack: ExitStack) -> Pairs:
+    """Session lock on Django's connection, by what django-pglocks has become."""
+    from django.db import connection
+    from django_pg_utils.locks import advisory_lock
+
+    del dsn  # the settings have it
+    stack.callback(connection.close)
+    return _blocks(lambda: advisory_lock("bench", wait=False))
+
+
 def sqlalchemy_dlock(dsn: str, _: str, stack: ExitStack) -> Pairs:
     """Session lock on one SQLAlchemy connection."""
     import sqlalchemy
@@ -80,6 +90,7 @@ def python_redis_lock(_: str, url: str, stack: ExitStack) -> Pairs:
 
 PEERS: dict[str, Callable[[str, str, ExitStack], Pairs]] = {
     "django-pglock": django_pglock,
+    "django-pgware": django_pgware,
     "sqlalchemy-dlock": sqlalchemy_dlock,
     "pals": pals,
     "postgresql-lock": postgresql_lock,
