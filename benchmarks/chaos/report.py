@@ -17,7 +17,7 @@ def markdown(facts: dict[str, Any], drawing: str) -> str:
     lines = [
         f"# Chaos, seed {facts['seed']}, {facts['seconds']:.0f} s",
         "",
-        f"Celery on Valkey, Dramatiq on {facts['dramatiq on']}. To repeat it:",
+        "Celery on RabbitMQ, Dramatiq on Valkey. To repeat it:",
         f"`python -m benchmarks.chaos --seed {facts['seed']} --seconds {facts['seconds']:.0f}`",
         "",
         f"**{'Nothing was wrong' if not facts['wrong'] else str(len(facts['wrong'])) + ' things were wrong'}.**",

@@ -10,11 +10,9 @@ import json
 import os
 import time
 import uuid
-from typing import Any
 
 import dramatiq
 from celery import Celery
-from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import AgeLimit, Retries, ShutdownNotifications, TimeLimit
 
@@ -47,13 +45,13 @@ def body(job: int, key: str, seconds: float, by: str) -> None:
     note("end", run)
 
 
-celery = Celery("chaos", broker=os.environ["CHAOS_REDIS"], backend=os.environ["CHAOS_REDIS"])
+celery = Celery("chaos", broker=os.environ["CHAOS_AMQP"], backend=os.environ["CHAOS_REDIS"])
 celery.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"visibility_timeout": 5, "polling_interval": 0.2},
+    broker_transport_options={"confirm_publish": True},
     result_expires=600,
 )
 
@@ -64,21 +62,20 @@ def celery_job(job: int, key: str, seconds: float) -> None:
     body(job, key, seconds, "celery")
 
 
-def _broker(url: str) -> Any:
-    middleware = [
-        AgeLimit(),
-        TimeLimit(),
-        ShutdownNotifications(),
-        Retries(min_backoff=100, max_backoff=1000),
-        ConcurrencySafeMiddleware(),
-    ]
-    if url.startswith("amqp"):
-        return RabbitmqBroker(url=url, middleware=middleware, confirm_delivery=True)
-    return RedisBroker(url=url, middleware=middleware, heartbeat_timeout=5000, maintenance_chance=100_000)
-
-
-broker = _broker(os.environ["CHAOS_AMQP"])
-dramatiq.set_broker(broker)
+dramatiq.set_broker(
+    RedisBroker(
+        url=os.environ["CHAOS_REDIS"],
+        middleware=[
+            AgeLimit(),
+            TimeLimit(),
+            ShutdownNotifications(),
+            Retries(min_backoff=100, max_backoff=1000),
+            ConcurrencySafeMiddleware(),
+        ],
+        heartbeat_timeout=5000,
+        maintenance_chance=100_000,
+    )
+)
 
 
 @dramatiq.actor(queue_name="chaos", lock_key="chaos:{key}", on_conflict=AGAIN, max_retries=None)
