@@ -4,8 +4,10 @@
 
 Celery's workers are on RabbitMQ (`python -m tests.servers.fetch` brings it), Dramatiq's on Redis (Valkey): brokers on
 which a killed worker loses no message. On Redis, Celery's transport takes a message by BRPOP and writes down afterwards
-that it has it; whoever is killed in between takes it along, guarded or not. The seed decides which faults there are, and
-when; what they hit, the workers' own pace decides. The exit status is 1 when the judge found anything wrong.
+that it has it; whoever is killed in between takes it along, guarded or not.
+
+The seed decides which faults there are, and when; what they hit, the workers' own pace decides. The exit status is 1
+when the judge found anything wrong.
 """
 
 from __future__ import annotations
