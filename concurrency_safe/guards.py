@@ -110,7 +110,7 @@ class Guard:
 
         Raises: ConfigurationError: `fn` can't be guarded so. KeyTemplateError: the key names what `fn` doesn't take.
         """
-        _refuse_unguardable(fn)
+        refuse_unguardable(fn)
         if isinstance(self.policy, Retry):
             raise ConfigurationError(
                 f"{_name(fn)}: on_conflict='retry' needs a queue to go back to; use it on a task "
@@ -162,7 +162,7 @@ class Guard:
         """
         template = self._templates.get(fn)
         if template is None:
-            _refuse_unguardable(fn)
+            refuse_unguardable(fn)
             if len(self._templates) >= TEMPLATES:
                 self._templates.clear()
             template = self._templates[fn] = KeyTemplate(self.key, fn)
@@ -301,7 +301,7 @@ def _name(fn: object) -> str:
     return getattr(fn, "__qualname__", None) or repr(fn)
 
 
-def _refuse_unguardable(fn: Any) -> None:
+def refuse_unguardable(fn: Any) -> None:
     """Refuse what returns before its body has run: the lock would be released before the work.
 
     Raises: ConfigurationError.

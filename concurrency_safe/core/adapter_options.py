@@ -31,13 +31,18 @@ _SQUASHED = {name.replace("_", "") for name in OPTIONS}
 KNOWN = f"the options are {', '.join(OPTIONS)}"
 
 
+def looks_like_ours(name: str) -> bool:
+    """Say whether `name` is an option of ours, rightly written or not."""
+    return name.startswith(_LIKE_OURS) or name.replace("_", "").lower() in _SQUASHED
+
+
 def refuse_mistaken(who: str, names: Iterable[str]) -> None:
     """Refuse names that look like lock options and aren't. `who`: whose they are, as in "task pay".
 
     Raises: ConfigurationError.
     """
     for name in sorted(set(names) - set(OPTIONS)):
-        if name.startswith(_LIKE_OURS) or name.replace("_", "").lower() in _SQUASHED:
+        if looks_like_ours(name):
             raise ConfigurationError(f"{who}: there is no option {name!r}{nearest(name, OPTIONS)}; {KNOWN}")
         if name in MISTAKEN:
             raise ConfigurationError(f"{who}: the option {name!r} does nothing; use {MISTAKEN[name]}; {KNOWN}")

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,8 @@ def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
         {"lock_key": "pay:{uid}"},
         {"lock_key": None},
         {"lock_kee": "pay:{user_id}"},
+        {"onConflict": "skip"},
+        {"on_conflct": "skip"},
         {"lock_timeout": "soon"},
         {"on_conflict": "retri"},
     ],
@@ -268,6 +270,22 @@ def test_a_mistake_in_a_message_never_runs_the_body(options: dict[str, Any], gua
     (dead,) = process(broker, actor.message_with_options(args=(7,), **options))
     assert dead.args == (7,)
     assert seen == []
+
+
+def _pieces(user_id: int) -> Iterator[int]:
+    yield user_id
+
+
+async def _pieces_later(user_id: int) -> AsyncIterator[int]:
+    yield user_id
+
+
+@pytest.mark.parametrize("body", [_pieces, _pieces_later])
+def test_a_body_that_a_call_does_not_run_is_refused(body: Any) -> None:
+    broker = a_broker()
+    with pytest.raises(ConfigurationError, match="is a generator function"):
+        actor_of(body, broker=broker, lock_key="pay:{user_id}")
+    assert broker.actors == {}
 
 
 def test_a_conflict_of_a_lock_inside_the_body_is_the_bodys_own_error(rival: Rival) -> None:

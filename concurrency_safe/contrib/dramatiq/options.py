@@ -9,10 +9,16 @@ from typing import Any
 from dramatiq import GenericActor
 from dramatiq.middleware import MiddlewareError
 
-from concurrency_safe.core.adapter_options import MISTAKEN, OPTIONS, refuse_mistaken, refuse_without_key
+from concurrency_safe.core.adapter_options import (
+    MISTAKEN,
+    OPTIONS,
+    looks_like_ours,
+    refuse_mistaken,
+    refuse_without_key,
+)
 from concurrency_safe.core.errors import ConfigurationError, KeyTemplateError
 from concurrency_safe.core.templates import KeyTemplate
-from concurrency_safe.guards import Guard
+from concurrency_safe.guards import Guard, refuse_unguardable
 
 #: What an actor may declare. The mistaken names are among them, so that they reach us, who know the right ones.
 DECLARABLE = frozenset(OPTIONS) | frozenset(MISTAKEN)
@@ -53,8 +59,7 @@ def of_message(actor: Any, message: Any, foreign: frozenset[str]) -> dict[str, A
 
     Raises: ActorOptionError.
     """
-    given = {name: value for name, value in message.options.items() if name.startswith("lock_") or name in OPTIONS}
-    given = {name: value for name, value in given.items() if name not in foreign}
+    given = {name: value for name, value in message.options.items() if looks_like_ours(name) and name not in foreign}
     if not given:
         return given
     who = f"a message to actor {actor.actor_name}"
@@ -86,6 +91,7 @@ def build(actor: Any, body: Callable[..., Any], options: Mapping[str, Any]) -> t
             "`async def` function"
         )
     try:
+        refuse_unguardable(body)
         guard = Guard(
             key,
             timeout=options.get("lock_timeout", 0),
