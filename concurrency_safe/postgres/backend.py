@@ -33,6 +33,11 @@ FIRST_LOOK, LAST_LOOK = 0.01, 0.1
 TRIES = 5
 
 
+#: A key whose try was refused is waited for without a try the next so many times, by who has that many seconds; and how
+#: many such keys are remembered.
+BUSY_TURNS, BUSY_LEAST, BUSY_KEYS = 16, 0.05, 1000
+
+
 class PostgresBackend:
     """Locks of one database, for one process."""
 
@@ -42,6 +47,8 @@ class PostgresBackend:
         self._now = now
         self._options = options
         self.pool = SessionPool(self._open, options.pool_size, options.pool_idle)
+        #: Keys that were busy lately, by number, and for how many more turns they count as busy.
+        self._busy: dict[int, int] = {}
 
     def _open(self) -> Steps[LockSession]:
         if self._now is not None:
@@ -85,14 +92,37 @@ class PostgresBackend:
             session = self.pool.lend_at_once(borrower, numbers, name) or (
                 yield from self.pool.lend(borrower, numbers, name, empty=False)
             )
+            if self._busy and self._is_busy(session, request, numbers):
+                return None
             used = bool(session.wire.prepared)
             try:
-                return (yield from session.try_acquire(request, numbers, name, kind, fenced=self._options.fencing))
+                grant = yield from session.try_acquire(request, numbers, name, kind, fenced=self._options.fencing)
             except ServerGoneError:
                 # It died while it was idle (a restart, a firewall): nothing can have been granted. A new one must do.
                 if not used:
                     raise
                 yield from self._end(borrower)
+                continue
+            if grant is None and kind == "one":
+                self._note_busy(numbers[0])
+            return grant
+
+    def _is_busy(self, session: LockSession, request: Request, numbers: Sequence[int]) -> bool:
+        """Say whether a try would be in vain, most likely: then it is one statement less, and one more in the queue."""
+        turns = self._busy.pop(numbers[0], 0)
+        if turns > 1:
+            self._busy[numbers[0]] = turns - 1
+        is_simple = len(numbers) == 1 and not request.shared and request.max_waiters is None
+        if not turns or not is_simple or request.timeout == 0:
+            return False
+        has_time = request.deadline is None or request.deadline - time.monotonic() > BUSY_LEAST
+        return has_time and not session.held and not session.is_dead()
+
+    def _note_busy(self, number: int) -> None:
+        self._busy[number] = BUSY_TURNS
+        if len(self._busy) > BUSY_KEYS:
+            # A tuple at one stroke: another thread may add to it.
+            self._busy.pop(tuple(self._busy)[0], None)  # noqa: RUF015 - see above
 
     def _try_slots_again(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
         """Try a few times more while a slot is free: who tries holds the gate for an instant, in others' way."""

@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from django.db import connection, transaction
 
 from concurrency_safe import LockAcquireTimeout, LockLost, LockUnavailable, configure, lock
+from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.core.steps import CallWait, SocketWait
 from concurrency_safe.postgres import protocol
+from concurrency_safe.postgres.backend import BUSY_KEYS, BUSY_TURNS, PostgresBackend
 from concurrency_safe.postgres.session import cancel_steps, complete_conninfo, open_session
 from concurrency_safe.postgres.waiting import drive
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
@@ -127,6 +130,51 @@ def test_an_interrupt_leaves_a_release_that_hangs(wire: Wire, store: LockStore) 
     assert not held.is_active
     wire.close()
     wait_for(lambda: store.rows() == 0)
+
+
+def tries_on(wire: Wire) -> list[bytes]:
+    """Give the next try that goes through the wire, once it has."""
+    seen: list[bytes] = []
+
+    def note(_: object, data: bytes) -> bytes:
+        seen.append(data)
+        return data
+
+    wire.fail(b"cs_try_one", note)
+    return seen
+
+
+def meet(rival: Rival) -> None:
+    """Wait in vain for a key that is free then."""
+    rival.hold("one")
+    with pytest.raises(LockAcquireTimeout), lock("one", timeout=0.06):
+        pytest.fail("two holders")
+    rival.let_go()
+
+
+def test_who_met_a_holder_lately_queues_without_a_try(wire: Wire, rival: Rival) -> None:
+    meet(rival)
+    tries = tries_on(wire)
+    for _ in range(BUSY_TURNS):
+        with lock("one"):
+            assert not tries
+    with lock("one"):
+        assert tries
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": 1e-9}, {"shared": True}, {"max_waiters": 0}], ids=repr)
+def test_a_try_is_made_where_a_wait_can_not_stand_for_it(options: dict[str, Any], wire: Wire, rival: Rival) -> None:
+    meet(rival)
+    tries = tries_on(wire)
+    with lock("one", **options):
+        assert tries
+
+
+def test_so_many_busy_keys_are_remembered(dsn: str) -> None:
+    backend = PostgresBackend(dsn, StoreOptions())
+    for number in range(BUSY_KEYS + 1):
+        backend._note_busy(number)
+    assert list(backend._busy) == list(range(1, BUSY_KEYS + 1))
 
 
 def test_holders_that_can_not_be_read_hide_no_conflict(wire: Wire, rival: Rival, store: LockStore) -> None:
