@@ -32,7 +32,7 @@ TEMPLATES = 64
 _MANAGERS = (contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager)
 
 #: What may be a body that has not run yet.
-_UNRUN = {CoroutineType, GeneratorType, AsyncGeneratorType, *_MANAGERS}
+_UNRUN = (CoroutineType, GeneratorType, AsyncGeneratorType, *_MANAGERS)
 
 _FORMS = (
     '@concurrency_safe(key="stock:{sku}"), @concurrency_safe(key=("stock", "{sku}")), '

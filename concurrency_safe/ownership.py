@@ -228,8 +228,9 @@ class Ownership:
         footing.fresh.append(claim)
         entry = _Entry(claim)
         entry.asker = claim
-        if len(self._held) < self._max_held and self._entries.setdefault(number, entry) is entry:
-            return True
+        with self._mutex:
+            if len(self._held) < self._max_held and self._entries.setdefault(number, entry) is entry:
+                return True
         footing.claims.clear()
         footing.fresh.clear()
         return False
