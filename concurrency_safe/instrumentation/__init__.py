@@ -39,7 +39,7 @@ def add_hook(hook: Hook) -> None:
 def remove_hook(hook: Hook) -> None:
     """Let `hook` hear no more."""
     global hooks  # noqa: PLW0603 - see add_hook
-    hooks = tuple(other for other in hooks if other is not hook)
+    hooks = tuple(other for other in hooks if other != hook)  # a method is a new object each time
 
 
 def emit(event: LockEvent) -> None:

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import pytest
 
-from concurrency_safe import HeldLock, LockAcquireTimeout, LockLost, LockUnavailable, lock
+from concurrency_safe import HeldLock, LockAcquireTimeout, LockLost, LockUnavailable, instrumentation, lock
+from concurrency_safe.core.events import LockEvent
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Request, StoreOptions
 from concurrency_safe.core.steps import Steps, Wait
@@ -84,6 +85,34 @@ def test_a_release_waits_for_its_turn_on_a_session_in_use(backend: PostgresBacke
     releasing.join()
     assert rival.is_free("kept")
     kept._leave_context()
+
+
+def test_a_release_pays_for_a_lock_that_was_forgotten_meanwhile(backend: PostgresBackend, rival: Rival) -> None:
+    kept, held = lock("kept", backend=backend).acquire(), [lock("one", backend=backend).acquire()]
+    session_of(kept).wire.is_brisk = False
+    releasing = kept._give_up()
+    next(releasing)  # sent, and waits for the answer
+    forget(held)
+    assert drive(going_on(releasing))
+    assert rival.is_free("kept")
+    assert rival.is_free("one")
+    kept._leave_context()
+
+
+def test_a_hook_hears_of_an_acquisition_and_of_its_release(backend: PostgresBackend) -> None:
+    seen: list[LockEvent] = []
+    instrumentation.add_hook(seen.append)
+    try:
+        with lock("one", backend=backend):
+            assert [event.kind for event in seen] == ["acquired"]
+    finally:
+        instrumentation.remove_hook(seen.append)
+    assert [(event.kind, event.keys) for event in seen] == [("acquired", ("one",)), ("released", ("one",))]
+    with lock("one", backend=backend):
+        pass
+    assert len(seen) == 2
+    assert seen[0].waited is not None
+    assert seen[1].held is not None
 
 
 def test_an_acquisition_that_is_cut_off_leaves_the_others_on_its_session(
