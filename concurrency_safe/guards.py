@@ -16,7 +16,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.options import UNSET, LockOptions
-from concurrency_safe.core.policies import ConflictPolicy, Raise, Retry, Skip, resolve_policy
+from concurrency_safe.core.parameters import is_async, refuse_unfit
+from concurrency_safe.core.policies import Call, ConflictPolicy, Raise, Retry, Skip, resolve_policy
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.locks import Lock
 
@@ -46,12 +47,13 @@ class Verbs:
     """What a framework does where a policy leaves that to it; each returns the call's result, or raises.
 
     `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back. `meet` is told of each
-    conflict before the policy is asked; it raises to end the call in the framework's own way.
+    conflict before the policy is asked; it raises to end the call in the framework's own way. An `async def` may
+    have one that is awaited.
     """
 
     retry: Callable[[Retry, LockAcquireTimeout | LockUnavailable], Any]
     skip: Callable[[Skip, LockAcquireTimeout], Any]
-    meet: Callable[[LockAcquireTimeout], None] = lambda _conflict: None
+    meet: Callable[[LockAcquireTimeout], Any] = lambda _conflict: None
 
 
 def _cannot_retry(policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:  # noqa: ARG001 - see Verbs
@@ -110,14 +112,13 @@ class Guard:
 
         Raises: ConfigurationError: `fn` can't be guarded so. KeyTemplateError: the key names what `fn` doesn't take.
         """
-        refuse_unguardable(fn)
         if isinstance(self.policy, Retry):
             raise ConfigurationError(
                 f"{_name(fn)}: on_conflict='retry' needs a queue to go back to; use it on a task "
                 "(concurrency_safe.contrib.celery, concurrency_safe.contrib.dramatiq), or 'raise', 'skip' or a "
                 "callable here"
             )
-        template = KeyTemplate(self.key, fn)
+        template = self.template(fn)
         if inspect.iscoroutinefunction(fn):
 
             async def aguarded(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -162,10 +163,27 @@ class Guard:
         """
         template = self._templates.get(fn)
         if template is None:
-            refuse_unguardable(fn)
             if len(self._templates) >= TEMPLATES:
                 self._templates.clear()
-            template = self._templates[fn] = KeyTemplate(self.key, fn)
+            template = self._templates[fn] = self.template(fn)
+        return template
+
+    def template(self, fn: Callable[..., Any], name: str | None = None) -> KeyTemplate:
+        """Give the key's template for `fn`, which is checked, as are the callables that get its arguments.
+
+        `name`: what stands for `fn` in the key True, see `KeyTemplate`.
+
+        Raises: ConfigurationError, KeyTemplateError.
+        """
+        refuse_unguardable(fn)
+        template = KeyTemplate(self.key, fn, name=name)
+        if isinstance(self.policy, Call):
+            handler = self.policy.handler
+            refuse_unfit(f"on_conflict={handler!r}", handler, fn, before=int(self.policy.pass_conflict))
+            if is_async(handler) and not is_async(fn):
+                raise ConfigurationError(
+                    f"on_conflict={handler!r} is `async def`, but {_name(fn)} is not, so nobody would await it"
+                )
         return template
 
     def run_as(
@@ -188,6 +206,8 @@ class Guard:
             # By identity: a conflict of another lock, inside the body, is the body's own error.
             if error is not lock.failure:
                 raise
+            if isinstance(error, LockAcquireTimeout):
+                verbs.meet(error)
             return self._resolve(error, args, kwargs, verbs)
 
     def run_once(
@@ -204,10 +224,9 @@ class Guard:
         A queue delivers a message twice at times: two copies of it must not be two holders. `work`: the message's id;
         `met`: what a copy does that meets the other.
         """
-        if not self.shared and self.slots == 1:
+        lock = self._lock_of_work(work)
+        if lock is None:
             return run()
-        options = replace(self.options, timeout=0, shared=False, slots=1, max_waiters=None)
-        lock = Lock((("concurrency_safe", work),), options)
         try:
             with lock:
                 return run()
@@ -215,6 +234,13 @@ class Guard:
             if error is not lock.failure:
                 raise
             return met(error) if isinstance(error, LockAcquireTimeout) else self._resolve(error, args, kwargs, verbs)
+
+    def _lock_of_work(self, work: str) -> Lock | None:
+        """Give the lock that keeps `work` from meeting itself; None: the guard's own lock does that."""
+        if not self.shared and self.slots == 1:
+            return None
+        options = replace(self.options, timeout=0, shared=False, slots=1, max_waiters=None)
+        return Lock((("concurrency_safe", work),), options)
 
     async def arun_as(
         self,
@@ -232,8 +258,30 @@ class Guard:
         except (LockAcquireTimeout, LockUnavailable) as error:
             if error is not lock.failure:  # see run_as
                 raise
-            result = self._resolve(error, args, kwargs, verbs)
-            return await result if inspect.isawaitable(result) else result
+            if isinstance(error, LockAcquireTimeout):
+                await _awaited(verbs.meet(error))
+            return await _awaited(self._resolve(error, args, kwargs, verbs))
+
+    async def arun_once(
+        self,
+        work: str,
+        run: Callable[[], Awaitable[Any]],
+        met: Callable[[LockAcquireTimeout], Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verbs: Verbs,
+    ) -> Any:
+        """Call `run`, which calls `arun_as`; never two of them for one `work`. See `run_once`."""
+        lock = self._lock_of_work(work)
+        if lock is None:
+            return await run()
+        try:
+            async with lock:
+                return await run()
+        except (LockAcquireTimeout, LockUnavailable) as error:
+            if error is not lock.failure:
+                raise
+            return met(error) if isinstance(error, LockAcquireTimeout) else self._resolve(error, args, kwargs, verbs)
 
     def _resolve(
         self,
@@ -244,8 +292,6 @@ class Guard:
     ) -> Any:
         """Do what the policy says about a lock that was not acquired."""
         policy = self.policy
-        if isinstance(error, LockAcquireTimeout):
-            verbs.meet(error)
         if isinstance(policy, Retry):
             return verbs.retry(policy, error)
         if isinstance(error, LockUnavailable) or isinstance(policy, Raise):
@@ -295,6 +341,10 @@ def concurrency_safe(  # noqa: PLR0913 - one keyword an option, as `lock()` has 
         backend=backend,
         max_waiters=max_waiters,
     )
+
+
+async def _awaited(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result
 
 
 def _name(fn: object) -> str:

@@ -17,7 +17,6 @@ from concurrency_safe.conf import get_settings
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockLost, LockUnavailable
 from concurrency_safe.core.options import is_number
 from concurrency_safe.core.policies import Skip
-from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.core.ticks import TickRule, tick_rule
 from concurrency_safe.guards import DIRECT, Guard, Verbs
 from concurrency_safe.locks import current_lock
@@ -245,7 +244,7 @@ class GuardedCommand(BaseCommand):
                     return None
 
             job = _once_per_tick(enter, rule, lambda: tell("it was run in this period already")) if rule else enter
-            result = guard.run_as(KeyTemplate(guard.key, body), job, args, options, verbs)
+            result = guard.run_as(guard.template(body), job, args, options, verbs)
         if left:
             raise left[0]
         return result

@@ -90,6 +90,21 @@ class Parameters:
             return False
         return rest.taken.isdisjoint(given) if self.takes_any_keyword else given <= rest.allowed
 
+    def could_pass_to(self, other: Parameters, before: int = 0) -> bool:
+        """Say whether any call of this function fits `other`, too, with `before` more arguments in front."""
+        if self._takes_any_positional or self.takes_any_keyword:
+            return True
+        positional = [each.name for each in self._positional]
+        needed = sum(each.default is each.empty for each in self._positional)
+        keyword_only = self._by_keyword.difference(positional)
+        return any(
+            other.fit((None,) * (before + split), dict.fromkeys([*positional[split:count], *names]))
+            for count in range(needed, len(positional) + 1)
+            for split in range(count + 1)
+            if self.nameless.isdisjoint(positional[split:count])
+            for names in (keyword_only, keyword_only & (self._rests[-1].needed or frozenset()))
+        )
+
     def refuse(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NoReturn:
         """Refuse a call that doesn't fit.
 
@@ -141,3 +156,31 @@ class Parameters:
         stuck = any(each.kind is each.POSITIONAL_ONLY and each.default is each.empty for each in left)
         taken = self._by_keyword & {each.name for each in given}
         return _Rest(None if stuck else frozenset(needed), self._by_keyword - taken, frozenset(taken))
+
+
+def is_async(fn: object) -> bool:
+    """Say whether calling `fn` gives a coroutine: an `async def`, or an object with such a `__call__`."""
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
+
+
+def refuse_unfit(what: str, helper: Callable[..., Any], fn: Callable[..., Any], before: int = 0) -> None:
+    """Refuse a `helper` that gets the arguments of `fn`, with `before` more in front, and can take none of its calls.
+
+    A decorator below may add arguments of its own, and `functools.wraps` shows the inner signature: then, and where a
+    built-in function tells no signature, the call will say.
+
+    Raises: ConfigurationError.
+    """
+    if hasattr(fn, "__wrapped__"):
+        return
+    try:
+        takes = Parameters(helper)
+    except ConfigurationError:
+        return
+    body = Parameters(fn)
+    if not body.could_pass_to(takes, before):
+        given = ", ".join((*("the conflict",) * before, *body.names))
+        raise ConfigurationError(
+            f"{what} takes {', '.join(takes.names) or 'nothing'}, but it gets the arguments of {body.name}: "
+            f"{given or 'none'}"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 from .canonical import canonical, canonical_arguments, formatted
 from .errors import ConfigurationError, KeyTemplateError
 from .keys import Rendered, check_text
-from .parameters import Finder, Parameters
+from .parameters import Finder, Parameters, is_async, refuse_unfit
 
 _FORMS = (
     'a key is a template ("stock:{sku}"), a tuple of parts ("stock", "{sku}"), a callable that gets the call\'s '
@@ -39,8 +39,12 @@ class KeyTemplate:
             self._parts = (self._part(spec),)
         elif isinstance(spec, tuple) and spec:
             self._parts = tuple(self._part(part) if isinstance(part, str) else _Part.constant(part) for part in spec)
-        elif spec is not True and (isinstance(spec, type) or not callable(spec)):
-            raise ConfigurationError(f"key={spec!r}: {_FORMS}")
+        elif spec is not True:
+            if isinstance(spec, type) or not callable(spec):
+                raise ConfigurationError(f"key={spec!r}: {_FORMS}")
+            if is_async(spec):
+                raise ConfigurationError(f"key={spec!r} is `async def`; a key is made before anything is awaited")
+            refuse_unfit(f"key={spec!r}", spec, fn)
         self._names = frozenset(name for part in self._parts for name in part.names)
 
     def __repr__(self) -> str:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import signal
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -19,6 +21,7 @@ from dramatiq.middleware import (
     AsyncIO,
     Callbacks,
     GroupCallbacks,
+    Middleware,
     Pipelines,
     Retries,
     ShutdownNotifications,
@@ -36,6 +39,16 @@ REDIS = os.environ.get("TESTS_RESULT_URL") or os.environ["TESTS_BROKER_URL"]
 RESULTS = RedisBackend(url=f"{REDIS}?socket_timeout=60")
 
 
+class Killer(Middleware):
+    """Kills the worker once, when a result is stored and nobody who goes on from it was told."""
+
+    def after_process_message(self, broker: Any, message: Any, **_: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        mark = os.environ.get("KILL_MARK")
+        if mark and message.actor_name == "patient" and not Path(mark).exists():
+            Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def connect(url: str) -> Any:
     """Make a broker at `url`."""
     middleware: list[Any] = [
@@ -49,7 +62,7 @@ def connect(url: str) -> Any:
         Retries(min_backoff=100, max_backoff=300),
         GroupCallbacks(Limits(url=REDIS)),
     ]
-    middleware += [AsyncIO(), Results(backend=RESULTS), ConcurrencySafeMiddleware()]
+    middleware += [AsyncIO(), Killer(), Results(backend=RESULTS), ConcurrencySafeMiddleware()]
     if url.startswith("amqp"):
         return RabbitmqBroker(url=url, middleware=middleware)
     return RedisBroker(
@@ -263,16 +276,38 @@ def waits(key: str) -> str:
     return key
 
 
-@actor(lock_key="shield:{key}", on_conflict=SOON, store_results=True, max_retries=0)
-async def shields(key: str, seconds: float) -> str:
+async def _shielded(task: str, key: str, seconds: float) -> str:
     """Go on for a while after it is cancelled."""
-    rest = asyncio.ensure_future(asyncio.to_thread(work, "shields", key, seconds))
+    rest = asyncio.ensure_future(asyncio.to_thread(work, task, key, seconds))
     try:
         await asyncio.shield(rest)
     except asyncio.CancelledError:
-        note("shields cancelled", key)
+        note(f"{task} cancelled", key)
         await rest
     return key
+
+
+@actor(lock_key="shield:{key}", on_conflict=SOON, store_results=True, max_retries=0)
+async def shields(key: str, seconds: float) -> str:
+    return await _shielded("shields", key, seconds)
+
+
+short: Any = {"time_limit": 500, "max_retries": 3, "min_backoff": 50, "max_backoff": 60, "store_results": True}
+
+
+@actor(lock_key="again:{key}", on_conflict=SOON, **short)
+async def again(key: str, seconds: float) -> str:
+    return await _shielded("again", key, seconds)
+
+
+@actor(lock_key="again:{key}", lock_slots=2, **short)
+async def again_in_a_slot(key: str, seconds: float) -> str:
+    return await _shielded("again", key, seconds)
+
+
+@actor(lock_key="again:{key}", lock_shared=True, **short)
+async def again_shared(key: str, seconds: float) -> str:
+    return await _shielded("again", key, seconds)
 
 
 @actor(lock_key="tick:{key}", store_results=True)

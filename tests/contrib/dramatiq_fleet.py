@@ -12,12 +12,16 @@ from typing import Any
 import dramatiq
 import pytest
 from dramatiq.brokers.redis import RedisBroker
+from dramatiq.composition import group, pipeline
 
 from concurrency_safe.testing import broker_url
 from tests.contrib import dramatiq_actors
 from tests.contrib.conftest import Fleet
 from tests.integration.conftest import wait_for
 from tests.servers.rabbitmq import needs_rabbitmq, rabbitmq_url
+
+a_group: Any = group  # they have no types
+a_pipeline: Any = pipeline
 
 #: Milliseconds that a result may take; nothing may hang.
 LIMIT = 30_000

@@ -21,7 +21,7 @@ from concurrency_safe.contrib.dramatiq import requeue
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 from tests.contrib import dramatiq_actors as actors
 from tests.contrib.conftest import new_database
-from tests.contrib.dramatiq_fleet import Workers, amqp_url
+from tests.contrib.dramatiq_fleet import Workers, a_group, a_pipeline, amqp_url
 from tests.integration.conftest import wait_for
 from tests.servers.rabbitmq import RabbitMQServer, needs_rabbitmq
 
@@ -127,6 +127,48 @@ def test_a_copy_whose_message_has_succeeded_meanwhile_does_not_run_again(tmp_pat
         wait_for(lambda: crew.queued() == 0)
 
 
+@needs_rabbitmq
+@pytest.mark.parametrize("what", ["pipeline", "group", "on_success"])
+def test_a_copy_of_a_message_that_died_with_its_result_stored_tells_those_that_go_on(what: str, tmp_path: Path) -> None:
+    with crew_of_its_own(tmp_path, amqp_url(), KILL_MARK=str(tmp_path / "mark")) as crew:
+        crew.start(1, 1)
+        sent = crew.message(actors.patient, "a")
+        if what == "pipeline":
+            a_pipeline([sent, crew.message(actors.guarded, 1)], broker=crew.broker).run()
+        elif what == "group":
+            members = a_group([sent, crew.message(actors.guarded, "z", 1)], broker=crew.broker)
+            members.add_completion_callback(crew.message(actors.group_done, "a"))
+            members.run()
+        else:
+            crew.broker.enqueue(sent)
+        wait_for((tmp_path / "mark").exists)
+        crew.start(1, 1)
+
+        wait_for(lambda: crew.keys("succeeded") == [f"{sent.message_id} a"])
+        if what != "on_success":
+            wait_for(lambda: crew.runs("job" if what == "pipeline" else "group_done") == 1)
+        wait_for(lambda: crew.queued() == 0)
+        assert crew.logs().count(f"message {sent.message_id} has run already; its result goes on") == 1
+        assert crew.runs("succeeded") == 1
+
+
+@needs_rabbitmq
+def test_a_broker_that_restarts_while_a_step_runs_loses_no_step(tmp_path: Path) -> None:
+    """Dramatiq could not send the next step, and says so to its log alone; the message comes again."""
+    with RabbitMQServer() as server, crew_of_its_own(tmp_path, server.url.removesuffix("//") + "/%2F") as crew:
+        crew.start(1, 1)
+        with crew.closed_gate():
+            sent = crew.message(actors.patient_at_gate, "a")
+            a_pipeline([sent, crew.message(actors.guarded, 1)], broker=crew.broker).run()
+            wait_for(lambda: crew.runs("at_gate") == 1)
+            server.kill()
+        wait_for(lambda: "Unexpected failure in after_process_message" in crew.logs())
+        server.start()
+
+        wait_for(lambda: crew.runs("job") == 1, 60)
+        assert crew.runs("at_gate") == 1
+
+
 @pytest.mark.parametrize("name", ["skipping", "raising", "calling", "limited"])
 def test_a_copy_of_a_message_that_has_run_ends_also_when_another_holds_the_key(name: str, own_crew: Workers) -> None:
     crew = own_crew
@@ -206,7 +248,7 @@ def _settled(crew: Workers) -> bool:
 
 
 def test_a_store_that_is_away_never_lets_a_body_run_and_loses_no_message(tmp_path: Path) -> None:
-    with PostgresServer() as server:
+    with PostgresServer({"synchronous_commit": "on"}) as server:  # its table outlives the crash
         crew = Workers(server.dsn, tmp_path)
         try:
             crew.start(1, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO, Middleware
 
 from concurrency_safe import (
+    Call,
     ConfigurationError,
     KeyTemplateError,
     LockAcquireTimeout,
@@ -70,6 +73,11 @@ def a_broker(*middleware: Middleware) -> StubBroker:
 
 KINDS = ["function", "async", "class"]
 
+
+async def async_key(user_id: int, amount: int = 0) -> str:
+    return f"{user_id}{amount}"
+
+
 MISTAKES = [
     ({"lock_key": "pay:{uid}"}, r"actor pay: .*'pay:\{uid\}'.*'uid'.*'user_id', 'amount'"),
     ({"lock_key": "pay:{}"}, "actor pay: .*by position"),
@@ -88,6 +96,13 @@ MISTAKES = [
     ({"lock_key": "pay:{user_id}", "lock_slots": 0}, "actor pay: .*slots=0"),
     ({"lock_key": "pay:{user_id}", "on_conflict": "retri"}, "did you mean 'retry'"),
     ({"lock_key": "pay:{user_id}", "on_conflict": dramatiq.errors.Retry}, "not the Retry of concurrency_safe"),
+    ({"lock_key": lambda: "pay"}, "actor pay: key=.* takes nothing, but it gets the arguments of .*: user_id, amount"),
+    ({"lock_key": async_key}, "actor pay: key=.* is `async def`"),
+    ({"lock_key": True, "on_conflict": lambda: 0}, "actor pay: on_conflict=.* takes nothing"),
+    (
+        {"lock_key": True, "on_conflict": Call(lambda key: key, pass_conflict=True)},
+        "takes key, but .*: the conflict",
+    ),
 ]
 
 
@@ -116,6 +131,12 @@ def test_a_mistake_is_found_by_a_middleware_that_is_added_late(kind: str) -> Non
     declare(kind, broker, lock_key="pay:{uid}")
     with pytest.raises(KeyTemplateError, match=r"actor pay: .*'uid'"):
         broker.add_middleware(ConcurrencySafeMiddleware())
+
+
+@pytest.mark.parametrize("kind", ["function", "class"])
+def test_nobody_would_await_an_async_answer_to_a_conflict_of_a_plain_function(kind: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"actor pay: on_conflict=.* is `async def`"):
+        declare(kind, lock_key=True, on_conflict=async_key)
 
 
 def test_an_async_perform_is_refused_since_nobody_would_await_it() -> None:
@@ -196,6 +217,51 @@ def test_an_async_body_enters_its_own_lock_again(rival: Rival, loop: None) -> No
     assert actor_of(pay, broker=a_broker(), lock_key="pay:{user_id}")(7)
 
 
+def with_another_function(fn: Any) -> Any:
+    @functools.wraps(fn)
+    def another(user_id: int) -> tuple[str, ...]:
+        assert_locked("refund:7")
+        return (held_key(),)
+
+    return another
+
+
+@pytest.mark.parametrize("dress", [lambda fn: fn, with_another_function], ids=["as it is", "wrapped"])
+def test_the_function_of_a_guarded_actor_is_guarded_anew_in_another(dress: Callable[[Any], Any], rival: Rival) -> None:
+    broker = a_broker()
+    pay = declare("function", broker, lock_key="pay:{user_id}")
+    refund = actor_of(dress(pay.fn), broker=broker, actor_name="refund", lock_key="refund:{user_id}")
+    assert refund(7) in {"pay:7", ("refund:7",)}
+
+    rival.hold("refund:7")
+    with pytest.raises(LockAcquireTimeout, match="'refund:7' is held by"):
+        refund(7)
+
+
+@pytest.mark.parametrize("options", [{}, {"lock_key": "pay:{user_id}"}], ids=first)
+@pytest.mark.parametrize("middleware", [[], [AsyncIO()]], ids=["", "AsyncIO"])
+def test_a_decorator_that_runs_a_coroutine_itself_is_not_passed_by(
+    options: dict[str, Any], middleware: list[Middleware], rival: Rival
+) -> None:
+    seen: list[Any] = []
+
+    def run(fn: Any) -> Any:
+        @functools.wraps(fn)
+        def runs(user_id: int) -> None:
+            held = current_lock()
+            seen.append(held and held.keys[0])
+            asyncio.run(fn(user_id))
+
+        return runs
+
+    async def pay(user_id: int) -> None:
+        seen.append(user_id)
+
+    broker = a_broker(*middleware)
+    assert process(broker, actor_of(run(pay), broker=broker, **options).message(7)) == []
+    assert seen == ["pay:7" if options else None, 7]
+
+
 # Messages, processed by worker threads of this process.
 
 
@@ -239,6 +305,18 @@ def test_a_message_may_have_options_of_its_own(options: dict[str, Any], keys: li
     assert seen == keys
 
 
+def test_a_message_may_have_options_of_others(rival: Rival) -> None:
+    class Others(Middleware):
+        @property
+        def actor_options(self) -> set[str]:
+            return {"timeout"}
+
+    broker, seen = a_broker(Others()), list[Any]()
+    actor = actor_of(noting(seen), broker=broker, lock_key="pay:{user_id}")
+    assert process(broker, actor.message_with_options(args=(7,), timeout=3, colour="red")) == []
+    assert seen == ["pay:7"]
+
+
 def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
     broker, seen = a_broker(), list[Any]()
     actor = actor_of(noting(seen), broker=broker)
@@ -258,6 +336,9 @@ def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
         {"on_conflct": "skip"},
         {"lock_timeout": "soon"},
         {"on_conflict": "retri"},
+        {"key": "pay:{user_id}"},
+        {"timeout": 3},
+        {"once": True},
     ],
     ids=first,
 )

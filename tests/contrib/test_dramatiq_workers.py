@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import dramatiq
 import pytest
-from dramatiq.composition import group, pipeline
 from dramatiq.results import ResultFailure
 
 from tests.contrib import dramatiq_actors as actors
-from tests.contrib.dramatiq_fleet import LIMIT, Workers, any_crew, crew, rabbitmq_workers, redis_workers
+from tests.contrib.dramatiq_fleet import (
+    LIMIT,
+    Workers,
+    a_group,
+    a_pipeline,
+    any_crew,
+    crew,
+    rabbitmq_workers,
+    redis_workers,
+)
 from tests.integration.conftest import wait_for
 
 __all__ = ["any_crew", "crew", "rabbitmq_workers", "redis_workers"]  # fixtures, for this file
 
 pytestmark = pytest.mark.timeout(180)
-
-a_group: Any = group
-a_pipeline: Any = pipeline
 
 #: Messages with one key.
 MESSAGES = 60
@@ -216,6 +219,19 @@ def test_an_async_actor_holds_its_lock_until_it_has_really_ended(crew: Workers) 
     assert crew.runs("shields") == 2
     assert crew.overlaps("shields", same_key=True) == 0
     assert crew.result(ticking) < 0.2
+
+
+@pytest.mark.parametrize("name", ["again", "again_in_a_slot", "again_shared"])
+def test_an_async_actor_that_was_cancelled_and_its_next_attempt_never_overlap(name: str, crew: Workers) -> None:
+    """Nor where the lock admits several; and a short time limit is not used up by looks for an earlier result."""
+    sent = crew.send(getattr(actors, name), "a", 2.5)
+    wait_for(lambda: crew.runs("again") >= 2, 30)
+    wait_for(lambda: crew.queued() == 0, 30)
+
+    assert crew.runs("again cancelled") >= 2
+    assert crew.overlaps("again", same_key=True) == 0
+    with pytest.raises(ResultFailure, match=r"TimeLimitExceeded|Timed out while waiting"):  # of each attempt
+        crew.result(sent)
 
 
 def test_async_actors_that_wait_for_a_lock_leave_the_loop_to_others(crew: Workers) -> None:

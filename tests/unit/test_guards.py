@@ -1,4 +1,5 @@
 """Guards: what can't be guarded is refused at decoration; what can keeps its face."""
+# ruff: noqa: ARG005 - what lambdas take matters here
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from concurrency_safe import ConfigurationError, Guard, KeyTemplateError, Retry, Skip, concurrency_safe
+from concurrency_safe import Call, ConfigurationError, Guard, KeyTemplateError, Retry, Skip, concurrency_safe
 
 
 def buy(sku: str, amount: int = 1) -> int:
@@ -69,7 +70,7 @@ def test_keys_that_are_equal_are_not_the_same() -> None:
 def test_a_guard_forgets_the_functions_that_it_knows() -> None:
     guard = Guard("k:{sku}")
     for _ in range(200):
-        guard.lock(lambda sku: None, "a")  # noqa: ARG005 - named by the key
+        guard.lock(lambda sku: None, "a")
     assert len(guard._templates) <= 64
 
 
@@ -77,6 +78,20 @@ def test_retry_needs_a_queue() -> None:
     for policy in ("retry", Retry, Retry(delay=2)):
         with pytest.raises(ConfigurationError, match=r"concurrency_safe\.contrib\.celery"):
             concurrency_safe(key="k", on_conflict=policy)(buy)
+
+
+def test_a_handler_must_be_able_to_take_the_calls_arguments() -> None:
+    with pytest.raises(ConfigurationError, match="takes nothing, but it gets the arguments of buy: sku, amount"):
+        concurrency_safe(key=True, on_conflict=lambda: 0)(buy)
+    with pytest.raises(ConfigurationError, match=r"takes sku, but it gets .*: the conflict, sku, amount"):
+        concurrency_safe(key=True, on_conflict=Call(lambda sku: 0, pass_conflict=True))(buy)
+    concurrency_safe(key=True, on_conflict=lambda sku, amount: 0)(buy)
+
+
+def test_only_an_async_function_has_somebody_to_await_its_handler() -> None:
+    with pytest.raises(ConfigurationError, match=r"later at .* is `async def`, but buy is not"):
+        concurrency_safe(key=True, on_conflict=later)(buy)
+    concurrency_safe(key=True, on_conflict=later)(later)
 
 
 def test_without_a_key_the_forms_are_shown() -> None:

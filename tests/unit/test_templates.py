@@ -1,4 +1,5 @@
 """Key templates: checked where they are declared, and the same key for the same call."""
+# ruff: noqa: ARG005 - what lambdas take is the matter of these tests
 
 from __future__ import annotations
 
@@ -242,6 +243,59 @@ def test_arguments_are_found_as_python_binds_them(
 def test_a_function_without_a_signature_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"type tells no signature"):
         KeyTemplate("k", type)
+
+
+@pytest.mark.parametrize(
+    ("helper", "fn"),
+    [
+        (lambda a, b: a, lambda sku, amount: 0),
+        (lambda sku: sku, lambda sku, amount=0: 0),
+        (lambda sku, amount: sku, lambda sku, amount=0: 0),
+        (lambda *args: args, lambda sku, amount: 0),
+        (lambda **kwargs: kwargs, lambda sku, amount: 0),
+        (lambda sku, *, amount: sku, lambda sku, amount: 0),
+        (lambda a, *, amount: a, lambda sku, /, amount: 0),
+        (lambda a, b, c: a, lambda *args: 0),
+        (lambda a, b, c: a, lambda sku, **more: 0),
+        (lambda sku, *, amount: sku, lambda sku, *, amount=0: 0),
+        (lambda sku: sku, lambda sku, *, amount=0: 0),
+        (max, lambda sku: 0),
+    ],
+)
+def test_a_key_function_that_can_take_some_call_is_taken(helper: Any, fn: Any) -> None:
+    KeyTemplate(helper, fn)
+
+
+@pytest.mark.parametrize(
+    ("helper", "fn", "says"),
+    [
+        (lambda: "k", lambda sku: 0, "takes nothing, but it gets the arguments of <lambda>: sku"),
+        (lambda sku: "k", lambda: 0, "takes sku, but it gets the arguments of <lambda>: none"),
+        (lambda sku: "k", lambda sku, amount: 0, "takes sku, .*: sku, amount"),
+        (lambda **more: "k", lambda sku, /: 0, "takes more, .*: sku"),
+        (lambda sku: "k", lambda sku, *, amount: 0, "takes sku, .*: sku, amount"),
+    ],
+)
+def test_a_key_function_that_can_take_no_call_is_refused(helper: Any, fn: Any, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        KeyTemplate(helper, fn)
+
+
+def test_a_decorator_below_may_add_arguments_that_a_key_function_never_gets() -> None:
+    def shown(request: object, user: object) -> None: ...
+
+    @functools.wraps(shown)
+    def view(request: object) -> None: ...
+
+    KeyTemplate(lambda request: "k", view)
+
+
+def test_an_async_key_function_is_refused() -> None:
+    async def key(sku: str) -> str:
+        return sku
+
+    with pytest.raises(ConfigurationError, match=r"is `async def`; a key is made before"):
+        KeyTemplate(key, lambda sku: 0)
 
 
 def test_methods_know_themselves() -> None:

@@ -126,4 +126,4 @@ def _build(task: Any, base: type) -> tuple[Guard, KeyTemplate] | None:
         slots=read(task, "lock_slots"),
         on_conflict=read(task, "on_conflict"),
     )
-    return guard, KeyTemplate(key, task.run, name=task_name(task))
+    return guard, guard.template(task.run, task_name(task))

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import logging
-import threading
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -20,9 +17,8 @@ from typing import Any
 from dramatiq.asyncio import async_to_sync
 from dramatiq.common import q_name
 from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
-from dramatiq.results import ResultFailure, ResultMissing, Results
 
-from concurrency_safe.contrib.dramatiq import options, requeue
+from concurrency_safe.contrib.dramatiq import options, outcomes, requeue
 from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.policies import Retry, Skip
 from concurrency_safe.core.templates import KeyTemplate
@@ -39,11 +35,15 @@ _arriving: ContextVar[Any] = ContextVar("concurrency_safe_message", default=None
 #: Milliseconds that a worker with nothing to do lets pass before it looks into such a queue again.
 LOOK = 200
 
-#: Seconds that a copy which has the lock waits for the result of a message that may just have ended; between two looks.
-SETTLING, _LOOK = 1.0, 0.02
-
 #: The attribute of an actor's function that is guarded.
 _GUARDED = "concurrency_safe_body"
+
+
+async def _nothing() -> None: ...
+
+
+#: The code of what Dramatiq makes of an `async def`. A decorator that runs a coroutine itself is wrapped likewise.
+_BRIDGE = async_to_sync(_nothing).__code__
 
 
 class ConcurrencySafeMiddleware(Middleware):
@@ -77,7 +77,7 @@ class ConcurrencySafeMiddleware(Middleware):
 
     def _guard(self, broker: Any, actor: Any) -> None:
         fn, place = options.body_of(actor)
-        if not hasattr(fn, _GUARDED):
+        if _guarded_body(actor) is None:
             others = (one.actor_options for one in broker.middleware if not isinstance(one, ConcurrencySafeMiddleware))
             setattr(*place, _Body(broker, actor, fn, frozenset().union(*others)).guarded())
 
@@ -98,6 +98,7 @@ class ConcurrencySafeMiddleware(Middleware):
         if getattr(broker, "confirm_delivery", True) is False:
             logger.info("RabbitMQ confirms each message that this worker sends: confirm_delivery is on")
             broker.confirm_delivery = True
+        outcomes.watch_hooks(broker)
         skips = logging.getLogger("dramatiq.worker.WorkerThread")
         skips.removeFilter(_is_news)
         skips.addFilter(_is_news)
@@ -111,6 +112,10 @@ class ConcurrencySafeMiddleware(Middleware):
         if any(actor.queue_name == queue and _comes_back(actor) for actor in broker.actors.values()):
             thread.worker_timeout = min(thread.worker_timeout, LOOK)
 
+    def before_ack(self, broker: Any, message: Any) -> None:
+        """Note that whatever goes on from the message was told."""
+        outcomes.note_told(broker, message)
+
     def after_worker_shutdown(self, broker: Any, worker: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Close the sessions."""
         close_idle_sessions()
@@ -118,8 +123,14 @@ class ConcurrencySafeMiddleware(Middleware):
 
 def _comes_back(actor: Any) -> bool:
     """Say whether conflicts send an actor's messages back to their queue."""
-    body = getattr(options.body_of(actor)[0], _GUARDED, None)
+    body = _guarded_body(actor)
     return body is not None and body.comes_back
+
+
+def _guarded_body(actor: Any) -> _Body | None:
+    """Give what guards `actor`; None: nothing yet. `functools.wraps` gives the function of another actor's mark on."""
+    body = getattr(options.body_of(actor)[0], _GUARDED, None)
+    return body if isinstance(body, _Body) and body.actor is actor else None
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -145,22 +156,16 @@ class _MetItself(Exception):
         self.conflict = conflict
 
 
-class _HasRun(Exception):
-    """This is a copy of a message that has succeeded meanwhile."""
-
-
 class _Body:
     """The function of one actor, and its guard."""
 
     def __init__(self, broker: Any, actor: Any, fn: Callable[..., Any], foreign: frozenset[str]) -> None:
         self._broker = broker
-        self._actor = actor
+        self.actor = actor
         self._foreign = foreign
         self._fn = fn
-        # Dramatiq has made an `async def` synchronous, and keeps it there.
-        inner = getattr(fn, "__wrapped__", None)
-        self._is_async = inspect.iscoroutinefunction(inner)
-        self._inner: Callable[..., Any] = inner if inner is not None and self._is_async else fn
+        self._is_async = getattr(fn, "__code__", None) is _BRIDGE
+        self._inner: Callable[..., Any] = fn.__wrapped__ if self._is_async else fn  # type: ignore[attr-defined]
         self._options = options.declared(actor, foreign)
         self._declared = options.build(actor, self._inner, self._options)
 
@@ -174,7 +179,7 @@ class _Body:
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             message = _arriving.get()
-            if message is None or message.actor_name != self._actor.actor_name:
+            if message is None or message.actor_name != self.actor.actor_name:
                 return self._call_directly(args, kwargs)
             _arriving.set(None)  # what the body calls directly is no message
             return self._process(message, args, kwargs)
@@ -189,27 +194,32 @@ class _Body:
         return self._call(self._declared, args, kwargs, DIRECT)
 
     def _process(self, message: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        given = options.of_message(self._actor, message, self._foreign)
+        given = options.of_message(self.actor, message, self._foreign)
         options_now = {**self._options, **given}
-        declared = options.build(self._actor, self._inner, options_now) if given else self._declared
+        declared = options.build(self.actor, self._inner, options_now) if given else self._declared
         if declared is None:
             return self._fn(*args, **kwargs)
-        verbs = Verbs(_postpone, partial(_skip, message), partial(self._meet, message, declared[0]))
+        meet = partial(self._ameet if self._is_async else self._meet, message, declared[0])
         work = current_work.set(message.message_id)
         try:
-            run = partial(self._call, declared, args, kwargs, verbs, message if requeue.is_copy(message) else None)
-            return declared[0].run_once(message.message_id, run, _met, args, kwargs, verbs)
+            result = self._call(declared, args, kwargs, Verbs(_postpone, partial(_skip, message), meet), message)
         except _Postponed as postponed:
             self._disarm(message)
             requeue.later(self._broker, message, postponed.policy, postponed.error)
         except _MetItself as met:
             self._disarm(message)
             requeue.duplicate(self._broker, message, met.conflict)
-        except _HasRun:
-            requeue.drop(message)
+        except outcomes.HasRun as earlier:
+            self._disarm(message)
+            if earlier.told:
+                requeue.drop(message)
+            logger.info("message %s has run already; its result goes on", message.message_id)
+            result = earlier.result
         finally:
             self._disarm(message)
             current_work.reset(work)
+        outcomes.has_run(message)
+        return result
 
     def _call(
         self,
@@ -217,23 +227,38 @@ class _Body:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         verbs: Verbs,
-        copy: Any = None,
+        message: Any = None,
     ) -> Any:
-        """Run the body guarded. `copy`: the message, where it may have run already."""
+        """Run the body guarded. `message`: what it runs for; None: a direct call."""
         guard, template = declared
-        if self._is_async:
-            return _in_loop(lambda: guard.arun_as(template, partial(self._arun_once, copy), args, kwargs, verbs))
-        return guard.run_as(template, partial(self._run_once, copy), args, kwargs, verbs)
+        body = self._abody if self._is_async else self._body
+        run = partial(guard.arun_as if self._is_async else guard.run_as, template, body(message), args, kwargs, verbs)
+        if message is not None:
+            once = guard.arun_once if self._is_async else guard.run_once
+            run = partial(once, message.message_id, run, _met, args, kwargs, verbs)
+        return _in_loop(run) if self._is_async else run()
 
-    def _run_once(self, copy: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if copy is not None:
-            self._refuse_second_run(copy)
-        return self._fn(*args, **kwargs)
+    def _body(self, message: Any) -> Callable[..., Any]:
+        """Give the body for `message`: a copy may have run already."""
+        if message is None or not requeue.is_copy(message):
+            return self._fn
 
-    async def _arun_once(self, copy: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if copy is not None:
-            await asyncio.to_thread(self._refuse_second_run, copy)
-        return await self._inner(*args, **kwargs)
+        def unless_run(*args: Any, **kwargs: Any) -> Any:
+            outcomes.refuse_second_run(self._broker, message, settling=True)
+            return self._fn(*args, **kwargs)
+
+        return unless_run
+
+    def _abody(self, message: Any) -> Callable[..., Any]:
+        """Do the same for an `async def`, whose loop must not wait for the results."""
+        if message is None or not requeue.is_copy(message):
+            return self._inner
+
+        async def unless_run(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.to_thread(outcomes.refuse_second_run, self._broker, message, settling=True)
+            return await self._inner(*args, **kwargs)
+
+        return unless_run
 
     def _meet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
         """Never skip or fail for a conflict with oneself, nor when the message has run already.
@@ -241,41 +266,15 @@ class _Body:
         An unknown holder may be oneself, unless the broker knows better.
         """
         if requeue.is_copy(message):
-            self._refuse_second_run(message, 0.0)
+            outcomes.refuse_second_run(self._broker, message, settling=False)
         itself = describe_work(message.message_id) in (conflict.holder or "")
         unknown = conflict.holder is None and getattr(message, "redelivered", True)
         if itself or (unknown and not isinstance(guard.policy, Retry)):
             raise _MetItself(conflict)
 
-    def _refuse_second_run(self, message: Any, patience: float = SETTLING) -> None:
-        """End a copy of a message whose result there is already. Without results that can't be known.
-
-        `patience`: seconds that it may take: Dramatiq stores it after the lock's release.
-
-        Raises: _HasRun.
-        """
-        if not self._stores_results(message):
-            return
-        until = time.monotonic() + patience
-        never = threading.Event()
-        while True:
-            try:
-                self._broker.get_results_backend().get_result(message, block=False)
-            except ResultFailure:
-                return
-            except ResultMissing:
-                if time.monotonic() >= until:
-                    return
-                never.wait(_LOOK)
-            else:
-                raise _HasRun
-
-    def _stores_results(self, message: Any) -> bool:
-        for one in self._broker.middleware:
-            if isinstance(one, Results):
-                given = {"store_results": one.store_results, **self._actor.options, **message.options}
-                return bool(given["store_results"])
-        return False
+    async def _ameet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
+        """Do the same where the loop must not wait for the results."""
+        await asyncio.to_thread(self._meet, message, guard, conflict)
 
     def _disarm(self, message: Any) -> None:
         """Let nothing interrupt what Dramatiq does after the body.

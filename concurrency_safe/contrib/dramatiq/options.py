@@ -18,7 +18,7 @@ from concurrency_safe.core.adapter_options import (
 )
 from concurrency_safe.core.errors import ConfigurationError, KeyTemplateError
 from concurrency_safe.core.templates import KeyTemplate
-from concurrency_safe.guards import Guard, refuse_unguardable
+from concurrency_safe.guards import Guard
 
 #: What an actor may declare. The mistaken names are among them, so that they reach us, who know the right ones.
 DECLARABLE = frozenset(OPTIONS) | frozenset(MISTAKEN)
@@ -57,9 +57,12 @@ def declared(actor: Any, foreign: frozenset[str]) -> dict[str, Any]:
 def of_message(actor: Any, message: Any, foreign: frozenset[str]) -> dict[str, Any]:
     """Give the lock options that a message to `actor` overrides. They come out of JSON: a tuple is a list there.
 
+    Others may have options of their own in a message, undeclared; but not by the names that are mistaken for ours.
+
     Raises: ActorOptionError.
     """
-    given = {name: value for name, value in message.options.items() if looks_like_ours(name) and name not in foreign}
+    ours = {name for name in message.options if looks_like_ours(name) or name in MISTAKEN} - foreign
+    given = {name: message.options[name] for name in ours}
     if not given:
         return given
     who = f"a message to actor {actor.actor_name}"
@@ -91,7 +94,6 @@ def build(actor: Any, body: Callable[..., Any], options: Mapping[str, Any]) -> t
             "`async def` function"
         )
     try:
-        refuse_unguardable(body)
         guard = Guard(
             key,
             timeout=options.get("lock_timeout", 0),
@@ -99,7 +101,7 @@ def build(actor: Any, body: Callable[..., Any], options: Mapping[str, Any]) -> t
             slots=options.get("lock_slots", 1),
             on_conflict=options.get("on_conflict", "retry"),
         )
-        return guard, KeyTemplate(key, body, name=actor.actor_name)
+        return guard, guard.template(body, actor.actor_name)
     except KeyTemplateError as error:
         raise ActorKeyError(f"{who}: {error}", error.key) from None
     except ConfigurationError as error:
