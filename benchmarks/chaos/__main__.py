@@ -248,6 +248,12 @@ def _look_for_rests(server: PostgresServer) -> list[str]:
     return wrong
 
 
+def _leave(signum: int, _: object) -> None:
+    """End, with the workers; a second signal must not cut that short."""
+    signal.signal(signum, signal.SIG_IGN)
+    sys.exit(128 + signum)
+
+
 def main() -> int:
     """Give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,6 +261,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--report", type=Path, default=Path("docs/chaos"), help="the folder of the reports")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, _leave)
     options.report.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         verdict, facts, drawing = play(options.seed, options.seconds, Path(folder))
