@@ -92,4 +92,5 @@ $(MADE): pyproject.toml constraints.txt $(BROKEN)
 	@$(if $(BROKEN),$(PYTHON) -m venv --clear $(VENV) || { \
 		echo 'make: $(PYTHON) has no venv; on Debian: apt-get install python3-venv' >&2; exit 1; })
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m compileall -q concurrency_safe # as an installation that is not editable does
 	@touch $@
