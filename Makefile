@@ -10,6 +10,8 @@ SECONDS ?= 300
 
 # Where `make bench` has the libraries that it measures beside this one.
 PEERS := .peers
+# A Python for the peer that needs 3.12; without one it is left out.
+NEWER ?= $(firstword $(foreach each,python3.13 python3.12,$(shell $(each) -c 'import sys; print(sys.executable)' 2>/dev/null)) $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python))
 
 # Options for what a verb starts: make demo ARGS=--short, make test ARGS="tests/unit -k template".
 ARGS ?=
@@ -61,19 +63,17 @@ types: $(MADE) ## check the types: mypy for all the code, pyright for the public
 	$(PY) -m mypy
 	$(PY) -m basedpyright --pythonpath $(PY)
 
-bench: $(MADE) $(PEERS)/.made ## measure locks, hand-offs, imports and tasks, beside other libraries (ARGS="--tasks 500")
-	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.uncontended
-	$(TETHER) $(PY) -m benchmarks.handoff
-	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.throughput --plot docs/benchmarks/throughput.png
-	$(TETHER) $(PY) -m benchmarks.imports
-	PYTHONPATH=$(PEERS) $(TETHER) $(PY) -m benchmarks.celery_throughput $(ARGS)
-	$(TETHER) $(PY) -m benchmarks.dramatiq_throughput
+bench: $(MADE) $(PEERS)/.made ## measure locks, hand-offs, imports and tasks, beside other libraries; write docs/benchmarks
+	for part in uncontended handoff throughput imports celery_throughput dramatiq_throughput; do \
+		$(TETHER) $(PY) -m benchmarks.$$part --docs docs/benchmarks $(ARGS) || exit 1; done
 
-# What is measured beside us, in a folder of its own; one at a time, since some don't support every Python.
-$(PEERS)/.made: constraints.txt
+# What is measured beside us, one at a time, since some don't support every Python.
+$(PEERS)/.made: constraints.txt Makefile
 	rm -rf $(PEERS)
-	for peer in django-pglock django-pgware sqlalchemy-dlock pals postgresql-lock python-redis-lock celery-once celery-singleton matplotlib; do \
-		$(PY) -m pip install --quiet --upgrade --target $(PEERS) --constraint constraints.txt $$peer sqlalchemy || echo "without $$peer"; done
+	for peer in django-pglock django-pgware sqlalchemy-dlock pals python-redis-lock celery-once celery-singleton matplotlib; do \
+		$(PY) -m pip install --quiet --target $(PEERS)/libraries --constraint constraints.txt $$peer sqlalchemy || echo "without $$peer"; done
+	$(PY) -m pip install --quiet --target $(PEERS)/predecessor --no-deps django-concurrency-safe==0.0.2
+	$(if $(NEWER),$(NEWER) -m venv $(PEERS)/newer && $(PEERS)/newer/bin/python -m pip install --quiet --constraint constraints.txt postgresql-lock 'psycopg[binary]')
 	touch $@
 
 chaos: $(MADE) ## hurt workers, brokers and the lock store; walk the state machine (SEEDS="1 2 3" SECONDS=300)

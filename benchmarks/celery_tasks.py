@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from typing import Any
 
 from celery import Celery
 
+from benchmarks.contestants import LIBRARIES
 from concurrency_safe import assert_locked
 from concurrency_safe.contrib.celery import ConcurrencySafeTask
 
 BROKER = os.environ["CELERY_BROKER_URL"]
 #: A file that gets one byte for each run: the cheapest thing that other processes can see.
 MARKS = os.open(os.environ["BENCHMARK_MARKS"], os.O_WRONLY | os.O_APPEND)
+
+sys.path.append(str(LIBRARIES.absolute()))
 
 app = Celery("benchmarks", broker=BROKER)
 app.conf.task_ignore_result = True

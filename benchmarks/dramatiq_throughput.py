@@ -1,14 +1,14 @@
 """What a guard costs a Dramatiq worker: messages a second, unguarded, guarded, and under ConcurrentRateLimiter.
 
-    python -m benchmarks.dramatiq_throughput [--messages 2000] [--rounds 5]
+    python -m benchmarks.dramatiq_throughput [--messages 3000] [--rounds 7] [--docs FOLDER]
 
 Real servers and one real worker (2 processes, 4 threads each), a body that does nothing, a key for each message. The
-kinds take turns, so that a machine that gets slower does so for all; the ratio is that of the medians.
+worker is stopped (SIGSTOP) while a batch is sent; the kinds take turns at being first, and the ratio is the median of
+those of each round.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import statistics
@@ -22,6 +22,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.rate_limits import ConcurrentRateLimiter
 from dramatiq.rate_limits.backends import RedisBackend
 
+from benchmarks import figures
 from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 
@@ -49,11 +50,8 @@ if "BENCHMARK_BROKER" in os.environ:
 
 
 def main() -> None:
-    """Measure, and print a line for each kind."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--messages", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    """Measure, and print a table."""
+    options = figures.parser(__doc__, messages=3000, rounds=7).parse_args()
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with PostgresServer() as postgres, ValkeyServer() as valkey:
         environment = {**os.environ, "BENCHMARK_BROKER": valkey.url, "DATABASE_URL": postgres.dsn}
@@ -61,34 +59,39 @@ def main() -> None:
         sender: Any = RedisBroker(url=valkey.url)  # type: ignore[no-untyped-call]
         command = [sys.executable, "-m", "dramatiq", "benchmarks.dramatiq_throughput", "--processes", "2"]
         command += ["--threads", "4"]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as worker:
-            try:
-                for number in range(options.rounds + 1):
-                    for kind in KINDS:
-                        rate = _round(sender, kind, options.messages)
-                        if number:  # the first warms up
-                            rates[kind].append(rate)
-            finally:
-                worker.send_signal(signal.SIGTERM)
-    _report(rates)
+        worker = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            for kind in KINDS:  # it has started, and has its connections
+                play(sender, kind, options.messages, worker.pid)
+            for number in range(options.rounds):
+                first = number % len(KINDS)
+                for kind in KINDS[first:] + KINDS[:first]:
+                    rates[kind].append(play(sender, kind, options.messages, worker.pid))
+        finally:
+            os.killpg(worker.pid, signal.SIGCONT)
+            worker.terminate()
+            worker.wait()
+    rows, bars = [], {}
+    for kind, mine in rates.items():
+        bars[kind] = statistics.median(one / plain for one, plain in zip(mine, rates["unguarded"], strict=True))
+        rows.append(f"{kind} | {statistics.median(mine):.0f} | {min(mine):.0f} | {max(mine):.0f} | {bars[kind]:.2f}")
+    lines = figures.table("messages a second | median | lowest | highest | of unguarded", rows)
+    if options.docs:
+        what = "of the unguarded messages' speed"
+        figures.draw_bars(options.docs / "dramatiq_throughput.png", what, bars, ["guarded"])
+    figures.publish("dramatiq_throughput", "Dramatiq's messages", lines, options.docs, "a bar for each kind")
 
 
-def _round(sender: RedisBroker, kind: str, messages: int) -> float:
-    """Send a batch, and give the messages a second until it is done."""
-    began = time.monotonic()
+def play(sender: Any, kind: str, messages: int, worker: int) -> float:
+    """Send a batch while the worker is stopped; give the messages a second that it does after that."""
+    os.killpg(worker, signal.SIGSTOP)
     for number in range(messages):
         sender.enqueue(dramatiq.Message(queue_name=kind, actor_name=kind, args=(number,), kwargs={}, options={}))
+    began = time.monotonic()
+    os.killpg(worker, signal.SIGCONT)
     while sender.do_qsize(kind):
-        time.sleep(0.005)
+        time.sleep(0.002)
     return messages / (time.monotonic() - began)
-
-
-def _report(rates: dict[str, list[float]]) -> None:
-    base = statistics.median(rates["unguarded"])
-    print(f"{'':12} messages/s   of unguarded   lowest   highest")
-    for kind, each in rates.items():
-        median = statistics.median(each)
-        print(f"{kind:12} {median:10.0f} {median / base:13.2f} {min(each):10.0f} {max(each):9.0f}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """How long `import concurrency_safe` takes, beside `import psycopg`, which it imports.
 
-    python -m benchmarks.imports [--rounds 30] [--markdown FILE]
+    python -m benchmarks.imports [--rounds 30] [--docs FOLDER]
 
 Each import is in an interpreter of its own, one kind after the other; the interpreter's own start is not a part of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
+
+from benchmarks import figures
 
 _TIMED = """
 import sys, time
@@ -36,20 +36,15 @@ def milliseconds(module: str) -> float:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--markdown", type=Path, help="where to write the table")
-    options = parser.parse_args()
+    options = figures.parser(__doc__, rounds=30).parse_args()
     modules = ("psycopg", "concurrency_safe")
     rounds = [[milliseconds(module) for module in modules] for _ in range(options.rounds + 1)][1:]
-    lines = ["| import | ms | of psycopg's |", "|---|---|---|"]
+    rows = []
     for number, module in enumerate(modules):
         median = statistics.median(each[number] for each in rounds)
         ratio = statistics.median(each[number] / each[0] for each in rounds)
-        lines.append(f"| {module} | {median:.0f} | {ratio:.2f} |")
-    print("\n".join(lines))
-    if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.append(f"{module} | {median:.0f} | {ratio:.2f}")
+    figures.publish("imports", "Import", figures.table("import | ms | of psycopg's", rows), options.docs)
 
 
 if __name__ == "__main__":

@@ -1,202 +1,188 @@
-"""What an uncontended lock costs, beside the same two statements by psycopg, and beside other libraries' locks.
+"""What a lock costs that nobody else wants, beside the same two statements by psycopg, and other libraries' locks.
 
-    python -m benchmarks.uncontended [--rounds 30] [--pairs 300] [--held 1000] [--markdown FILE]
+    python -m benchmarks.uncontended [--rounds 20] [--pairs 200] [--held 1000] [--docs FOLDER]
 
-Medians of interleaved rounds, as ratios to a prepared try and unlock on one psycopg connection with autocommit, over
-the same Unix socket (`tcp`: over TCP). Redis is Valkey, over TCP. Client and servers are bound to two processors, then
-to one: left to the system, it is one or the other for a whole run, and a wake-up across processors is most of the time.
-Then: the same lock while the process holds `--held` others, as a ratio to the same lock without them. Peers that are
-not installed are left out (see `benchmarks.peers`).
+Each contestant is a process, and they take turns; the ratios are medians of those of each turn, to a prepared try and
+unlock on one psycopg connection with autocommit. PostgreSQL is asked over its Unix socket (the last table: over TCP),
+Valkey over TCP. The client is bound to one processor and the server to another; then both to one; then, in several
+starts of all processes, to none: a wake-up across processors is most of the time where the client sleeps, and left to
+the system it is one or the other for long. Then: what a lock costs while its process holds others, and how many
+statements a lock takes, by the server's log.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import os
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
-import django
 import psycopg
-from django.conf import settings
+import redis
 
-from benchmarks.peers import PEERS, Pairs
-from concurrency_safe import concurrency_safe, configure, lock
-from concurrency_safe.core.keys import lock_key
+from benchmarks import figures
+from benchmarks.contestants import ASYNC, CONTESTANTS, DECORATED, OURS, TRANSACTION, YARDSTICK, Contestant, contestants
+from benchmarks.figures import Spread
+from benchmarks.rivals import Place
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 
-TRY, UNLOCK = "SELECT pg_try_advisory_lock(%s)", "SELECT pg_advisory_unlock(%s)"
+#: The nanoseconds of each pair, by contestant and turn.
+Samples = dict[str, list[list[int]]]
 
-YARDSTICK, YARDSTICK_TCP = "psycopg, prepared pair", "psycopg pair, tcp"
-
-
-def psycopg_pair(dsn: str) -> Pairs:
-    """Take and release one number, as briefly as psycopg can."""
-    connection = psycopg.connect(dsn, autocommit=True, prepare_threshold=0)
-    cursor = connection.cursor()
-    number = lock_key("bench").number
-
-    def run(pairs: int) -> None:
-        for _ in range(pairs):
-            cursor.execute(TRY, [number]).fetchone()
-            cursor.execute(UNLOCK, [number]).fetchone()
-
-    return run
+MINE = (OURS, DECORATED, ASYNC, TRANSACTION)
 
 
-def libpq_pair(dsn: str) -> Pairs:
-    """Do the same by libpq alone: what is left of it is the server, the socket and the client's C."""
-    connection = psycopg.connect(dsn, autocommit=True)
-    pgconn = connection.pgconn
-    pgconn.prepare(b"try", TRY.replace("%s", "$1::bigint").encode())
-    pgconn.prepare(b"unlock", UNLOCK.replace("%s", "$1::bigint").encode())
-    number = [b"%d" % lock_key("bench-libpq").number]
-
-    def run(pairs: int, _owner: object = connection) -> None:
-        for _ in range(pairs):
-            pgconn.exec_prepared(b"try", number)
-            pgconn.exec_prepared(b"unlock", number)
-
-    return run
+def turns(running: Mapping[str, Contestant], rounds: int, pairs: int) -> Samples:
+    """Let each of `running` take its turn, `rounds` times."""
+    for one in running.values():
+        one.ask("pairs", pairs)  # connections are made, statements prepared
+    seen: Samples = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, one in running.items():
+            seen[name].append(one.ask("pairs", pairs))
+    return seen
 
 
-def with_lock(pairs: int) -> None:
-    """Run an empty block under a lock."""
-    for _ in range(pairs):
-        with lock("bench"):
-            pass
+def bind(running: Iterable[Contestant], servers: Iterable[PostgresServer | ValkeyServer], where: tuple[int, int]) -> None:
+    """Bind the contestants to the first processor of `where`, the servers and all their processes to the second."""
+    client, server = where
+    for one in running:
+        os.sched_setaffinity(one.process.pid, {client})
+    for pid in _family({one.pid for one in servers}):
+        with suppress(ProcessLookupError):  # a process of the server's own, which has just ended
+            os.sched_setaffinity(pid, {server})
 
 
-@concurrency_safe(key="bench")
-def guarded() -> None:
-    """Do nothing, guarded."""
+def _family(pids: set[int]) -> set[int]:
+    """Give `pids` and their children; their threads are not looked for, since no server here has any that matter."""
+    children = set()
+    for entry in os.scandir("/proc"):
+        with suppress(ValueError, OSError):
+            pid = int(entry.name)
+            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+                if int(stat.read().rpartition(")")[2].split()[1]) in pids:
+                    children.add(pid)
+    return pids | children
 
 
-def decorated(pairs: int) -> None:
-    """Call a guarded function."""
-    for _ in range(pairs):
-        guarded()
+def ratios(seen: Samples, to: str = YARDSTICK) -> dict[str, float]:
+    """Give the median of each contestant's ratios, turn by turn."""
+    base = [statistics.median(each) for each in seen[to]]
+    return {
+        name: statistics.median(statistics.median(each) / one for each, one in zip(every, base, strict=True))
+        for name, every in seen.items()
+    }
 
 
-def async_with_lock(pairs: int) -> None:
-    """Run an empty block under a lock, in an event loop; its start is a small part of it."""
+def rows(seen: Samples) -> Iterable[str]:
+    """Give the rows of a table: microseconds, and the ratio."""
+    found = ratios(seen)
+    for name, every in seen.items():
+        spread = Spread.of([taken / 1000 for each in every for taken in each])
+        yield f"{name} | {spread} | {found[name]:.2f}"
 
-    async def run() -> None:
-        for _ in range(pairs):
-            async with lock("bench"):
+
+def merged(parts: list[Samples]) -> Samples:
+    """Give all the turns of `parts` as one."""
+    return {name: [each for part in parts for each in part[name]] for name in parts[0]}
+
+
+def beside_held(one: Contestant, held: int, rounds: int, pairs: int) -> float:
+    """Give what a lock costs while its process holds `held` others, as a ratio to what it costs without them."""
+    found = []
+    for _ in range(rounds):
+        one.ask("hold_others", 0)
+        alone = statistics.median(one.ask("pairs", pairs))
+        one.ask("hold_others", held)
+        found.append(statistics.median(one.ask("pairs", pairs)) / alone)
+    one.ask("hold_others", 0)
+    return statistics.median(found)
+
+
+def statements(server: PostgresServer, valkey: ValkeyServer, running: Mapping[str, Contestant], pairs: int) -> Iterable[str]:
+    """Give the rows of a table: what a pair of each contestant asks its server."""
+    client = redis.Redis.from_url(valkey.url)
+    with logged_statements(server):
+        for name, one in running.items():
+            one.ask("pairs", 1)
+            before = asked(server, client, name)
+            one.ask("pairs", pairs)
+            yield f"{name} | {(asked(server, client, name) - before) / pairs:.1f}"
+
+
+class logged_statements:  # noqa: N801 - used as a function
+    """PostgreSQL logs every statement meanwhile."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        """Of `server`."""
+        self._dsn = server.dsn
+
+    def __enter__(self) -> None:
+        """Begin; a new connection's own first statements are in the log, too."""
+        self._set("all")
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._set("none")
+
+    def _set(self, what: str) -> None:
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            connection.execute(f"ALTER SYSTEM SET log_statement = '{what}'")
+            connection.execute("SELECT pg_reload_conf()")
+            while connection.execute("SHOW log_statement").fetchone() != (what,):
                 pass
-
-    asyncio.run(run())
-
-
-def in_transaction(pairs: int) -> None:
-    """Take a lock in a transaction of Django's, which is not a part of the time: a key after the other."""
-    from django.db import transaction
-
-    with transaction.atomic():
-        for number in range(pairs):
-            with lock(("bench", number)):
-                pass
-        transaction.set_rollback(True)
+        # The others read it before their next statement.
 
 
-def rounds(contestants: dict[str, Pairs], number: int, pairs: int) -> Iterator[dict[str, float]]:
-    """Give the microseconds a pair of each contestant, a round at a time."""
-    for contestant in contestants.values():
-        contestant(pairs)
-    for _ in range(number):
-        seen = {}
-        for name, contestant in contestants.items():
-            started = time.perf_counter()
-            contestant(pairs)
-            seen[name] = (time.perf_counter() - started) / pairs * 1e6
-        yield seen
-
-
-def bind(server: PostgresServer, valkey: ValkeyServer, processor: int) -> None:
-    """Bind the servers to `processor`, and this process to the first one."""
-    with psycopg.connect(server.socket_dsn) as connection:
-        pids = [pid for (pid,) in connection.execute("SELECT pid FROM pg_stat_activity").fetchall()]
-    for pid in (server.pid, valkey.pid, *pids):
-        os.sched_setaffinity(pid, {processor})
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-
-def beside_held(held: int, number: int, pairs: int) -> float:
-    """Give what a lock costs while the process holds `held` others, as a ratio to what it costs without them."""
-    configure(max_held=held + 1)
-    ratios = []
-    for _ in range(number):
-        (alone,) = rounds({"alone": with_lock}, 1, pairs)
-        others = [lock(("held", one)).acquire() for one in range(held)]
-        (beside,) = rounds({"beside": with_lock}, 1, pairs)
-        for one in others:
-            one.release()
-        ratios.append(beside["beside"] / alone["alone"])
-    return statistics.median(ratios)
+def asked(server: PostgresServer, client: redis.Redis, name: str) -> int:
+    """Count what the server of contestant `name` was asked so far."""
+    if CONTESTANTS[name].redis:
+        count: int = client.info("stats")["total_commands_processed"]  # type: ignore[index,unused-ignore]
+        return count
+    log = server.log.read_bytes()
+    return log.count(b"LOG:  execute ") + log.count(b"LOG:  statement: ")
 
 
 def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--pairs", type=int, default=300)
-    parser.add_argument("--held", type=int, default=1000)
-    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    """Measure, and print the tables."""
+    parser = figures.parser(__doc__, rounds=20, pairs=200, held=1000, starts=5)
     options = parser.parse_args()
-    with PostgresServer() as server, ValkeyServer() as valkey, ExitStack() as stack:
-        _use_django(server)
-        configure(dsn=server.socket_dsn)
-        contestants: dict[str, Pairs] = {
-            YARDSTICK: psycopg_pair(server.socket_dsn),
-            "libpq alone": libpq_pair(server.socket_dsn),
-            "with lock(...)": with_lock,
-            "@concurrency_safe": decorated,
-            "async with lock(...)": async_with_lock,
-            "in a transaction": in_transaction,
-            YARDSTICK_TCP: psycopg_pair(server.dsn),
-        }
-        missing = []
-        for name, peer in PEERS.items():
-            try:
-                contestants[name] = peer(server.socket_dsn, valkey.url, stack)
-            except (ImportError, SyntaxError):  # the latter: written for a later Python
-                missing.append(name)
-        for contestant in contestants.values():
-            contestant(options.pairs)  # so that it has its connections
-        processors = sorted(os.sched_getaffinity(0))[:2]
-        lines = []
-        for processor in reversed(processors):
-            bind(server, valkey, processor)
-            where = "one processor" if processor == processors[0] else "two processors"
-            lines += [f"| on {where} | µs | of the psycopg pair |", "|---|---|---|"]
-            lines += _table(list(rounds(contestants, options.rounds, options.pairs)))
-            lines.append("")
-        ratio = beside_held(options.held, 5, options.pairs)
-    lines.append(f"While the process holds {options.held} other locks: {ratio:.2f} of what it costs without them.")
+    first, second = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+    head = "µs median | p95 | p99 | of the psycopg pair"
+    with PostgresServer() as server, ValkeyServer() as valkey:
+        place, both = Place(server.socket_dsn, valkey.url), (server, valkey)
+        lines, found = [], {}
+        with contestants(CONTESTANTS, place) as running:
+            missing = [name for name in CONTESTANTS if name not in running]
+            turns(running, 0, options.pairs)  # so that the servers have all their processes
+            for title, where in (("two processors", (first, second)), ("one processor", (first, first))):
+                bind(running.values(), both, where)
+                seen = turns(running, options.rounds, options.pairs)
+                found[title] = ratios(seen)
+                lines += figures.table(f"bound to {title} | {head}", rows(seen))
+            bind(running.values(), both, (first, second))
+            held = {number: beside_held(running[OURS], number, 5, options.pairs) for number in (10, 100, options.held)}
+            counts = list(statements(server, valkey, running, 20))
+        for pid in _family({server.pid, valkey.pid}):
+            os.sched_setaffinity(pid, {first, second})
+        unbound = []
+        for _ in range(options.starts):
+            with contestants(CONTESTANTS, place) as running:
+                unbound.append(turns(running, max(2, options.rounds // 4), options.pairs))
+        seen = merged(unbound)
+        found["unbound"] = ratios(seen)
+        lines += figures.table(f"unbound, {options.starts} starts | {head}", rows(seen))
+        with contestants([YARDSTICK, *MINE], Place(server.dsn, valkey.url)) as running:
+            bind(running.values(), both, (first, second))
+            lines += figures.table(f"over TCP, two processors | {head}", rows(turns(running, options.rounds, options.pairs)))
+    lines += figures.table("locks held beside | of the cost without", (f"{n} | {r:.2f}" for n, r in held.items()))
+    lines += figures.table("lock | statements (Redis: commands)", counts)
     if missing:
-        lines += ["", f"Not installed: {', '.join(missing)}."]
-    print("\n".join(lines))
-    if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _use_django(server: PostgresServer) -> None:
-    database = {"ENGINE": "django.db.backends.postgresql", "NAME": "postgres", "USER": "postgres", "PORT": server.port}
-    database["HOST"] = server.socket_dsn.partition("host=")[2].partition("&")[0].replace("%2F", "/")
-    settings.configure(DATABASES={"default": database}, INSTALLED_APPS=[], USE_TZ=True)
-    django.setup()
-
-
-def _table(seen: list[dict[str, float]]) -> Iterator[str]:
-    for name in seen[0]:
-        median = statistics.median(each[name] for each in seen)
-        ratio = statistics.median(each[name] / each[YARDSTICK] for each in seen)
-        yield f"| {name} | {median:.0f} | {ratio:.2f} |"
+        lines += [f"Not installed: {', '.join(missing)}.", ""]
+    if options.docs:
+        what = "of psycopg's prepared try and unlock, client and server on two processors"
+        figures.draw_bars(options.docs / "uncontended.png", what, found["two processors"], MINE)
+    figures.publish("uncontended", "A lock that nobody else wants", lines, options.docs, "a bar for each lock")
 
 
 if __name__ == "__main__":
