@@ -58,3 +58,9 @@ class LoopGate:
 def gate_for(loop: asyncio.AbstractEventLoop | None) -> ThreadGate | LoopGate:
     """Make a gate for a waiter of `loop`; None: for a thread."""
     return ThreadGate() if loop is None else LoopGate(loop)
+
+
+def is_owned(mutex: threading.RLock) -> bool:
+    """Say whether the running thread is inside `mutex`; as `threading.Condition` asks."""
+    owned: bool = mutex._is_owned()  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+    return owned

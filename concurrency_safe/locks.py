@@ -6,7 +6,9 @@ behind: what an acquisition stands on is written into its `HeldLock` step by ste
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import contextlib
 import time
 import weakref
 from collections import deque
@@ -652,9 +654,17 @@ _nets: set[_Net] = set()
 
 
 def _catch(net: _Net) -> None:
-    """End the session of a lock that nobody can release any more."""
+    """End the session of a lock that nobody can release any more.
+
+    The collector comes at any time: where this thread is in the middle of a change, another one does it after that.
+    """
     _nets.discard(net)
-    undo(net.footing)
+    footing = net.footing
+    if footing.is_amid_change():
+        with contextlib.suppress(RuntimeError):  # the interpreter ends, and its sessions with it
+            _thread.start_new_thread(undo, (footing,))
+    else:
+        undo(footing)
 
 
 def _without(net: _Net, stack: _Stack) -> _Stack:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from concurrency_safe import forks
 from concurrency_safe.core.errors import ConfigurationError, LockCapacityError, LockReentrancyError
 from concurrency_safe.core.steps import GateWait, Steps
-from concurrency_safe.gates import LoopGate, ThreadGate, gate_for
+from concurrency_safe.gates import LoopGate, ThreadGate, gate_for, is_owned
 
 if TYPE_CHECKING:
     from concurrency_safe.core.keys import LockKey
@@ -145,6 +145,14 @@ class Footing:
             self._gate = gate_for(self.home)
         return self._gate
 
+    def is_amid_change(self) -> bool:
+        """Say whether the running thread is in the middle of a change of what this stands on.
+
+        Then the collector, or a signal, has come in between.
+        """
+        places = (self.ownership, getattr(self.backend, "pool", None))
+        return any(place.is_amid_change() for place in places if place is not None)
+
 
 class _Entry:
     """One key, as long as anybody of this process holds it or waits for it."""
@@ -192,11 +200,11 @@ class Ownership:
         self._held: set[Claim] = set()
         #: How many slots a key has, where there are several.
         self._slots: dict[int, int] = {}
-        # Re-entrant: the collector may run a finalizer, which leaves, while this thread is in here.
+        # Re-entrant: the collector may run a finalizer while this thread is in here.
         self._mutex = threading.RLock()
 
     def find(self, key: LockKey, owner: Owner) -> Claim | None:
-        """Give the claim by which `owner` holds `key` already.
+        """Give the claim by which `owner` holds `key` already; one that is being released is no more.
 
         Raises: ConfigurationError: another key of this process has the same number.
         """
@@ -208,7 +216,7 @@ class Ownership:
         claim = entry.asker
         if claim is None or claim.owner is not owner or not claim.held:
             claim = entry.holders.get(owner)
-        if claim is None:
+        if claim is None or not claim.stands:
             return None
         _refuse_collision(entry.key, key)
         return claim
@@ -245,12 +253,13 @@ class Ownership:
         """
         footing.ownership = self
         for key in request.keys:
-            held = self.find(key, owner)
-            if held is not None:
-                _refuse_another_mode(held, request)
-                footing.claims.append(held)
-                held.stands.add(footing)
-                continue
+            with self._mutex:  # or another thread may begin to release it in between
+                held = self.find(key, owner)
+                if held is not None:
+                    _refuse_another_mode(held, request)
+                    footing.claims.append(held)
+                    held.stands.add(footing)
+                    continue
             blocker = yield from self._queue(footing, Claim(key, request, owner, footing), request.deadline)
             if blocker is not None:
                 return blocker
@@ -303,13 +312,21 @@ class Ownership:
                     self._advance(entry)
 
     def leaving(self, footing: Footing) -> list[Claim]:
-        """Take `footing` off its claims; give those that nobody stands on any more: the store must free them."""
+        """Take `footing` off its claims; give those that nobody stands on any more: the store must free them.
+
+        From then on nobody can enter them again.
+        """
         last = []
-        for claim in footing.claims:
-            claim.stands.discard(footing)
-            if not claim.stands:
-                last.append(claim)
+        with self._mutex:
+            for claim in footing.claims:
+                claim.stands.discard(footing)
+                if not claim.stands:
+                    last.append(claim)
         return last
+
+    def is_amid_change(self) -> bool:
+        """Say whether the running thread is in the middle of a change."""
+        return is_owned(self._mutex)
 
     def leave(self, claim: Claim) -> None:
         """Give up the key, or the place in the queue; the first in the queue is the next to ask.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from concurrency_safe import forks
 from concurrency_safe.core.steps import GateWait, Steps
+from concurrency_safe.gates import is_owned
 
 from .protocol import STALL, ServerGoneError
 from .session import LockSession
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 #: Seconds after which somebody who waits for a turn looks for itself (see `ownership.LOOK_AGAIN`).
 LOOK_AGAIN = 0.05
+
+#: Seconds in the queue after which a turn is handed to whoever waits, at most so often. Until then it is whoever's comes
+#: first: a thread that runs does many statements in the time that it takes to wake another one; but that one must not
+#: come too late for ever.
+PATIENCE = 0.002
 
 
 class SessionPool:
@@ -41,10 +47,18 @@ class SessionPool:
         self._pid = forks.pid
         self.sessions: list[LockSession] = []
         self._opening: set[Borrower] = set()
-        #: Who waits for a turn, the first first: on this session, or (None) on one that serves these numbers and name.
-        self._queue: dict[Borrower, tuple[LockSession | None, Sequence[int], str]] = {}
-        # Re-entrant: the collector may end a forgotten lock while this thread is in here.
+        #: Who waits for a turn, the first first: on this session, or (None) on one that serves these numbers and name;
+        #: and since when.
+        self._queue: dict[Borrower, tuple[LockSession | None, Sequence[int], str, float]] = {}
+        #: Whose turn began while it waited, until it knows; and when that was last.
+        self._handed: dict[Borrower, LockSession] = {}
+        self._handed_at = 0.0
+        # Re-entrant: the collector may come while this thread is in here.
         self.mutex = threading.RLock()
+
+    def is_amid_change(self) -> bool:
+        """Say whether the running thread is in the middle of a change."""
+        return is_owned(self.mutex)
 
     def lend(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> Steps[LockSession]:
         """Give `borrower` a session that holds none of `numbers`; `empty`: one that holds nothing at all.
@@ -56,17 +70,18 @@ class SessionPool:
         """
         if self._pid != forks.pid:
             self._reset()  # the sockets are closed already (protocol._drop_in_child)
-        until = time.monotonic() + STALL
+        since = time.monotonic()
+        until = since + STALL
         try:
             while True:
                 with self.mutex:
-                    session = self._pick(borrower, numbers, name, empty=empty)
+                    session = self._handed.pop(borrower, None) or self._pick(borrower, numbers, name, empty=empty)
                     if session is not None:
                         return session
                     if empty or self._may_open(borrower, numbers, name):
                         self._opening.add(borrower)
                         break
-                    self._queue[borrower] = (None, numbers, name)
+                    self._queue[borrower] = (None, numbers, name, since)
                 yield from self._turn(borrower, until)
             fresh = yield from self._opened()
             with self.mutex:
@@ -77,7 +92,7 @@ class SessionPool:
             return fresh
         finally:
             self._opening.discard(borrower)
-            self._queue.pop(borrower, None)
+            self._leave_queue(borrower)
 
     def lend_at_once(self, borrower: Borrower, numbers: Sequence[int], name: str) -> LockSession | None:
         """Give `borrower` a session that nobody uses now and that holds none of `numbers`; None: `lend` must."""
@@ -100,16 +115,21 @@ class SessionPool:
 
         Raises: ServerGoneError: it was cut, or the turn did not come.
         """
-        until = time.monotonic() + STALL
+        since = time.monotonic()
+        until = since + STALL
         try:
             while not session.dead:
-                self._queue[borrower] = (session, (), "")  # first, or the end of the other's turn may be missed
-                if self.take_at_once(borrower, session):
+                self._queue[borrower] = (session, (), "", since)  # first, or the end of the other's turn may be missed
+                if self._handed.pop(borrower, None) or self.take_at_once(borrower, session):
                     return
                 yield from self._turn(borrower, until)
         finally:
-            self._queue.pop(borrower, None)
+            self._leave_queue(borrower)
         raise ServerGoneError("the session was cut")
+
+    def _leave_queue(self, borrower: Borrower) -> None:
+        self._queue.pop(borrower, None)
+        self._handed.pop(borrower, None)
 
     @staticmethod
     def _turn(borrower: Borrower, until: float) -> Steps[None]:
@@ -144,10 +164,22 @@ class SessionPool:
         return True
 
     def _call_next(self, session: LockSession) -> None:
-        for waiting, (wanted, numbers, name) in tuple(self._queue.items()):
+        now = session.used_at
+        for waiting, (wanted, numbers, name, since) in tuple(self._queue.items()):
             if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
+                awake = waiting.home is None or waiting.home.is_running()
+                if awake and now - max(since, self._handed_at) > PATIENCE:
+                    self._handed_at = now
+                    self._handed[waiting] = session
+                    self._begin(waiting, session)
                 waiting.gate.open()
                 return
+
+    @staticmethod
+    def _begin(borrower: Borrower, session: LockSession) -> None:
+        borrower.session = session
+        session.user = borrower
+        session.home = borrower.home
 
     def forget(self, session: LockSession) -> None:
         """Close a session that is of no more use, and tell the owners of what it held."""
@@ -190,9 +222,7 @@ class SessionPool:
     def _pick(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> LockSession | None:
         for session in self.sessions:
             if session.user is None and not (empty and session.held) and _serves(session, borrower, numbers, name):
-                borrower.session = session
-                session.user = borrower
-                session.home = borrower.home
+                self._begin(borrower, session)
                 return session
         return None
 
