@@ -59,8 +59,10 @@ def publish(name: str, title: str, lines: Sequence[str], docs: Path | None, pict
 def machine() -> str:
     """Describe where it was measured, and what."""
     git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S607 - whichever git there is
-    return f"{os.cpu_count()} processors, CPython {platform.python_version()}, commit {done.stdout.strip() or 'unknown'}"
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return (
+        f"{os.cpu_count()} processors, CPython {platform.python_version()}, commit {done.stdout.strip() or 'unknown'}"
+    )
 
 
 def color(name: str) -> str:
@@ -72,12 +74,12 @@ def pyplot() -> Any:
     """Give matplotlib's pyplot, which `make bench` has; None: it is not there."""
     sys.path.append(str(LIBRARIES.absolute()))
     try:
-        import matplotlib as mpl
+        import matplotlib as mpl  # type: ignore[import-not-found,unused-ignore]  # not among the development tools
     except ImportError:
         print("(no picture: matplotlib is not installed)")
         return None
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # type: ignore[import-not-found,unused-ignore]
 
     return plt
 
@@ -89,7 +91,9 @@ def draw_bars(path: Path, what: str, bars: Mapping[str, float], ours: Sequence[s
         return
     figure, axes = plt.subplots(figsize=(9, 0.32 * len(bars) + 1))
     names = list(bars)[::-1]
-    drawn = axes.barh(names, [bars[name] for name in names], color=["tab:orange" if n in ours else "tab:gray" for n in names])
+    drawn = axes.barh(
+        names, [bars[name] for name in names], color=["tab:orange" if n in ours else "tab:gray" for n in names]
+    )
     axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel(what)
@@ -97,9 +101,7 @@ def draw_bars(path: Path, what: str, bars: Mapping[str, float], ours: Sequence[s
     figure.savefig(path, dpi=110)
 
 
-def draw_lines(
-    path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]], across: str, upwards: str
-) -> None:
+def draw_lines(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]], across: str, upwards: str) -> None:
     """Draw, a panel each, a line for each name, on logarithmic scales."""
     plt = pyplot()
     if plt is None:

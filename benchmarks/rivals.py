@@ -1,4 +1,4 @@
-"""Other libraries' locks, as they are used. Those that are not installed are left out (see `benchmarks.contestants`)."""
+"""Other libraries' locks, as they are used. Those that are not installed are left out (see `contestants`)."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def pals(place: Place, stack: ExitStack) -> Lock:
     locker = _pals_locker(place, os.getpid())
     del stack
     # Without a timeout of its own it waits for 30 s.
-    return Lock(
-        lambda key: locker.lock(key, blocking=False), lambda key: locker.lock(key, acquire_timeout=600_000)
-    )
+    return Lock(lambda key: locker.lock(key, blocking=False), lambda key: locker.lock(key, acquire_timeout=600_000))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import psycopg
 import redis
@@ -43,7 +44,9 @@ def turns(running: Mapping[str, Contestant], rounds: int, pairs: int) -> Samples
     return seen
 
 
-def bind(running: Iterable[Contestant], servers: Iterable[PostgresServer | ValkeyServer], where: tuple[int, int]) -> None:
+def bind(
+    running: Iterable[Contestant], servers: Iterable[PostgresServer | ValkeyServer], where: tuple[int, int]
+) -> None:
     """Bind the contestants to the first processor of `where`, the servers and all their processes to the second."""
     client, server = where
     for one in running:
@@ -56,12 +59,11 @@ def bind(running: Iterable[Contestant], servers: Iterable[PostgresServer | Valke
 def _family(pids: set[int]) -> set[int]:
     """Give `pids` and their children; their threads are not looked for, since no server here has any that matter."""
     children = set()
-    for entry in os.scandir("/proc"):
+    for entry in Path("/proc").iterdir():
         with suppress(ValueError, OSError):
             pid = int(entry.name)
-            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
-                if int(stat.read().rpartition(")")[2].split()[1]) in pids:
-                    children.add(pid)
+            if int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) in pids:
+                children.add(pid)
     return pids | children
 
 
@@ -89,7 +91,7 @@ def merged(parts: list[Samples]) -> Samples:
 
 def beside_held(one: Contestant, held: int, rounds: int, pairs: int) -> float:
     """Give what a lock costs while its process holds `held` others, as a ratio to what it costs without them."""
-    found = []
+    found: list[float] = []
     for _ in range(rounds):
         one.ask("hold_others", 0)
         alone = statistics.median(one.ask("pairs", pairs))
@@ -99,7 +101,9 @@ def beside_held(one: Contestant, held: int, rounds: int, pairs: int) -> float:
     return statistics.median(found)
 
 
-def statements(server: PostgresServer, valkey: ValkeyServer, running: Mapping[str, Contestant], pairs: int) -> Iterable[str]:
+def statements(
+    server: PostgresServer, valkey: ValkeyServer, running: Mapping[str, Contestant], pairs: int
+) -> Iterable[str]:
     """Give the rows of a table: what a pair of each contestant asks its server."""
     client = redis.Redis.from_url(valkey.url)
     with logged_statements(server):
@@ -174,7 +178,9 @@ def main() -> None:
         lines += figures.table(f"unbound, {options.starts} starts | {head}", rows(seen))
         with contestants([YARDSTICK, *MINE], Place(server.dsn, valkey.url)) as running:
             bind(running.values(), both, (first, second))
-            lines += figures.table(f"over TCP, two processors | {head}", rows(turns(running, options.rounds, options.pairs)))
+            lines += figures.table(
+                f"over TCP, two processors | {head}", rows(turns(running, options.rounds, options.pairs))
+            )
     lines += figures.table("locks held beside | of the cost without", (f"{n} | {r:.2f}" for n, r in held.items()))
     lines += figures.table("lock | statements (Redis: commands)", counts)
     if missing:

@@ -723,7 +723,7 @@ def _current_owner() -> Owner:
     while stack is not None:
         net, stack = stack
         owner = net.footing.owner
-        if owner is not None and owner.who is who and owner.part is part:
+        if owner is not None and owner.is_running(who, part):
             return owner
     return Owner(who, part)
 

@@ -16,6 +16,7 @@ import itertools
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -197,6 +198,7 @@ class Ownership:
     def _reset(self) -> None:
         self._pid = forks.pid
         self._entries: dict[int, _Entry] = {}
+        #: What is held in the store, or asked for.
         self._held: set[Claim] = set()
         #: How many slots a key has, where there are several.
         self._slots: dict[int, int] = {}
@@ -238,6 +240,7 @@ class Ownership:
         entry.asker = claim
         with self._mutex:
             if len(self._held) < self._max_held and self._entries.setdefault(number, entry) is entry:
+                self._held.add(claim)
                 return True
         footing.claims.clear()
         footing.fresh.clear()
@@ -270,18 +273,13 @@ class Ownership:
         footing.fresh.append(mine)
         number = mine.key.number
         with self._mutex:
-            if len(self._held) + len(footing.fresh) > self._max_held:
-                raise LockCapacityError(
-                    f"this process holds {len(self._held)} locks, which is its cap (MAX_HELD={self._max_held}); "
-                    "hold fewer at a time, or raise MAX_HELD and PostgreSQL's max_locks_per_transaction",
-                    mine.key.text,
-                )
             entry = self._entries.get(number)
             self._refuse_other_slots(mine, entry)
             if entry is None:
                 entry = _Entry(mine)
                 entry.asker = mine
                 self._entries[number] = entry
+                self._count(mine)
                 return None
             _refuse_collision(entry.key, mine.key)
             entry.queue[mine] = footing
@@ -295,7 +293,22 @@ class Ownership:
                         return entry.asker or next(iter(entry.holders.values()), mine)
             again = now + LOOK_AGAIN
             yield GateWait(footing.gate, again if deadline is None or late else min(again, deadline))
+        with self._mutex:
+            self._count(mine)
         return None
+
+    def _count(self, claim: Claim) -> None:
+        """Count a lock that is about to be asked for.
+
+        Raises: LockCapacityError.
+        """
+        if len(self._held) >= self._max_held:
+            raise LockCapacityError(
+                f"this process holds {len(self._held)} locks, which is its cap (MAX_HELD={self._max_held}); "
+                "hold fewer at a time, or raise MAX_HELD and PostgreSQL's max_locks_per_transaction",
+                claim.key.text,
+            )
+        self._held.add(claim)
 
     def confirm(self, footing: Footing) -> None:
         """Write down that the store has granted what `footing` asked for; readers and slots let the next one ask."""
@@ -303,7 +316,6 @@ class Ownership:
             claim.held = True
             claim.since = time.monotonic()
             claim.token = footing.token
-            self._held.add(claim)
             if claim.shared or claim.slots > 1:
                 with self._mutex:
                     entry = self._entries[claim.key.number]
@@ -401,18 +413,35 @@ class Owner:
     is known by the context in which it acquired (`locks` keeps its owners there), and by who runs.
     """
 
-    __slots__ = ("part", "who")
+    __slots__ = ("_part", "_who")
 
     def __init__(self, who: object, part: object) -> None:
-        """Take what `running` said. The objects themselves: their numbers are used again after their end."""
-        self.who = who
-        self.part = part
+        """Take what `running` said. Not by their numbers, which are used again after their end.
+
+        Weakly: a claim is known to the whole process, and a task that is forgotten with its lock must be collected.
+        """
+        self._who = _weakly(who)
+        self._part = None if part is None else _weakly(part)
+
+    def is_running(self, who: object, part: object) -> bool:
+        """Say whether it is what `running` says now."""
+        if self._who() is not who:
+            return False
+        return part is None if self._part is None else part is not None and self._part() is part
 
     def __str__(self) -> str:
         """Say who it is, in a few words."""
-        if isinstance(self.who, asyncio.Task):
-            return f"task {self.who.get_name()!r}"
-        return f"thread {getattr(self.who, 'name', '?')!r}"
+        who = self._who()
+        if isinstance(who, asyncio.Task):
+            return f"task {who.get_name()!r}"
+        return f"thread {getattr(who, 'name', '?')!r}"
+
+
+def _weakly(thing: object) -> Callable[[], object]:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # a frame
+        return lambda: thing
 
 
 def running() -> tuple[object, object]:

@@ -205,14 +205,14 @@ class PostgresBackend:
                 if not self.pool.take_at_once(borrower, session):
                     yield from self.pool.take(borrower, session)
                 ours = yield from self._release_in(session, mine)
-                if ours and not self.pool.free_at_once(borrower):
-                    yield from self.pool.free(borrower)
             except (ServerGoneError, ServerRefusedError):
                 ours = False
                 if borrower.session is None and not session.dead:  # its turn did not come
                     yield from self.undo(borrower, mine)
                     continue
-            if not ours:
+            if ours:
+                yield from self._leave(borrower)
+            else:
                 released = False
                 yield from self._end(borrower)
         return released
@@ -234,10 +234,18 @@ class PostgresBackend:
         ours = yield from session.release(numbers, shared=shared)
         for number in numbers:
             debts.discard((number, shared))
-        if ours:
+        return ours
+
+    def _leave(self, borrower: Borrower) -> Steps[None]:
+        """End the turn of `borrower`; a session that fails now costs it nothing, for it holds nothing there."""
+        session: LockSession = borrower.session
+        try:
             for channel in session.asked():
                 yield from session.tell(channel)
-        return ours
+            if not self.pool.free_at_once(borrower):
+                yield from self.pool.free(borrower)
+        except (ServerGoneError, ServerRefusedError):
+            yield from self._end(borrower)
 
     def undo(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[None]:
         """End what an interrupted acquisition or release left: afterwards nothing of `holds` is held.
@@ -293,10 +301,7 @@ class PostgresBackend:
     def conflict(self, borrower: Borrower, request: Request) -> Steps[str | None]:
         """After a refusal: say who holds the keys, and end the turn of `borrower`."""
         holders = yield from self.holders(borrower.session, request)
-        try:
-            yield from self.pool.free(borrower)
-        except (ServerGoneError, ServerRefusedError):
-            yield from self._end(borrower)
+        yield from self._leave(borrower)
         return holders
 
     @staticmethod

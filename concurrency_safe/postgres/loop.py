@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -66,33 +67,46 @@ async def finish(steps: Steps[None]) -> None:
         raise cancelled
 
 
+async def call(blocking: Callable[[], _T]) -> _T:
+    """Call what blocks in a thread of its own: the loop's may all be busy, and after a fork a kept one would be gone.
+
+    Raises: what `blocking` raises.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, blocking)
+    finally:
+        thread.shutdown(wait=False)
+
+
 async def _wait(want: Wait) -> bool:
     """Wait until `want` is there (True), or its time has passed (False)."""
     loop = asyncio.get_running_loop()
     if isinstance(want, CallWait):
-        # A thread of its own: the loop's may all be busy, and after a fork a kept one would be gone.
-        thread = ThreadPoolExecutor(1)
-        try:
-            await loop.run_in_executor(thread, want.call)
-        finally:
-            thread.shutdown(wait=False)
+        await call(want.call)
         return True
     left = A_LONG_TIME if want.until is None else max(0.0, want.until - time.monotonic())
     if isinstance(want, GateWait):
         return bool(await want.gate.wait(left))
     ready: asyncio.Future[bool] = loop.create_future()
+    # An interrupt may have left a reader of an earlier session, whose socket had the same number.
+    _forget(loop, want.fd)
     timer = loop.call_later(left, partial(_set, ready, came=False))
-    if want.events & READ:
-        loop.add_reader(want.fd, partial(_set, ready, came=True))
-    if want.events & WRITE:
-        loop.add_writer(want.fd, partial(_set, ready, came=True))
     try:
+        if want.events & READ:
+            loop.add_reader(want.fd, partial(_set, ready, came=True))
+        if want.events & WRITE:
+            loop.add_writer(want.fd, partial(_set, ready, came=True))
         return await ready
     finally:
         timer.cancel()
-        with contextlib.suppress(ValueError, OSError):  # the socket was closed meanwhile
-            loop.remove_reader(want.fd)
-            loop.remove_writer(want.fd)
+        _forget(loop, want.fd)
+
+
+def _forget(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    with contextlib.suppress(ValueError, OSError):  # the socket was closed meanwhile
+        loop.remove_reader(fd)
+        loop.remove_writer(fd)
 
 
 def _set(ready: asyncio.Future[bool], *, came: bool) -> None:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 #: Seconds after which somebody who waits for a turn looks for itself (see `ownership.LOOK_AGAIN`).
 LOOK_AGAIN = 0.05
 
-#: Seconds in the queue after which a turn is handed to whoever waits, at most so often. Until then it is whoever's comes
-#: first: a thread that runs does many statements in the time that it takes to wake another one; but that one must not
-#: come too late for ever.
+#: Seconds in the queue after which a turn is handed to whoever waits, at most so often. Until then it is the turn of
+#: whoever comes first: a thread that runs does many statements in the time that it takes to wake another one. But that
+#: one must not come too late for ever.
 PATIENCE = 0.002
 
 

@@ -70,7 +70,7 @@ def test_two_keys_of_one_number_are_refused(owner: str) -> None:
     claims.confirm(held)
 
     with pytest.raises(ConfigurationError, match="'one' and 'two' have the same number 7"):
-        drive(enter(claims, Footing(None), LockKey("two", 7), me if owner == "the same" else Owner(me.who, None)))
+        drive(enter(claims, Footing(None), LockKey("two", 7), me if owner == "the same" else Owner(me._who(), None)))
     claims.leave(held.claims[0])
     assert claims.find(LockKey("one", 7), me) is None
 

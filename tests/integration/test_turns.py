@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from concurrency_safe import HeldLock, configure, lock
-from concurrency_safe.core.sessions import Request, StoreOptions
+from concurrency_safe import HeldLock, LockCapacityError, configure, lock
+from concurrency_safe.core.keys import lock_key
+from concurrency_safe.core.sessions import StoreOptions
+from concurrency_safe.core.steps import READ, SocketWait
 from concurrency_safe.locks import _kept
 from concurrency_safe.ownership import Footing
+from concurrency_safe.postgres import loop
 from concurrency_safe.postgres import pool as pools
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.waiting import drive
-from concurrency_safe.spaces import space_for
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
+from tests.integration.test_shared_sessions import going_on
+from tests.servers.wire import Wire, cut
 
 
 @pytest.fixture
@@ -31,26 +40,16 @@ def test_nobody_enters_again_what_another_thread_is_releasing(backend: PostgresB
     held = lock("one", backend=backend).acquire()
     session = held._footing.claims[0].session
     session.wire.is_brisk = False
-    releasing = held._give_up()
-    next(releasing)  # the statement is under way
-    entered = threading.Thread(target=lambda: finish(releasing))
+    steps = held._give_up()
+    next(steps)  # the statement is under way
+    releasing = threading.Thread(target=lambda: drive(going_on(steps)))
 
-    again = lock("one", backend=backend, timeout=LIMIT)
-    entered.start()
-    with again:
-        entered.join()
+    releasing.start()
+    with lock("one", backend=backend, timeout=LIMIT):
+        releasing.join()
         assert not rival.try_hold("one")
     assert rival.is_free("one")
     held._leave_context()
-
-
-def finish(steps: object) -> None:
-    """Go on with a release that waits for its answer."""
-    while True:
-        try:
-            steps.send(True)  # type: ignore[attr-defined]
-        except StopIteration:
-            return
 
 
 def test_nobody_enters_again_what_another_task_is_releasing(dsn: str, rival: Rival) -> None:
@@ -109,7 +108,6 @@ def test_a_turn_that_was_handed_over_ends_with_whoever_is_interrupted(
     monkeypatch.setattr(pools, "PATIENCE", -1.0)
     first, second = Footing(None), Footing(None)
     session = drive(backend.pool.lend(first, (1,), "", empty=False))
-    acquiring = backend.acquire(second, Request(()), [])
     waiting = backend.pool.lend(second, (2,), "", empty=False)
     next(waiting)
     drive(backend.pool.free(first))
@@ -117,12 +115,9 @@ def test_a_turn_that_was_handed_over_ends_with_whoever_is_interrupted(
 
     with pytest.raises(KeyboardInterrupt):
         waiting.throw(KeyboardInterrupt)
-    acquiring.close()
     drive(backend.undo(second, ()))
 
-    assert session.user is None
-    assert session.dead
-    wait_for(lambda: store.sessions() == 0)
+    wait_for(lambda: session.user is None and session.dead and store.sessions() == 0)
 
 
 @pytest.mark.parametrize("place", ["claims", "sessions"])
@@ -142,3 +137,96 @@ def test_a_lock_that_the_collector_finds_amid_a_change_is_released_after_it(dsn:
     wait_for(lambda: rival.is_free("forgotten"))
     with lock("forgotten"):
         pass
+
+
+def test_threads_that_come_at_once_hold_no_more_than_max_held(dsn: str) -> None:
+    configure(max_held=3)
+    together, over = threading.Barrier(12), threading.Event()
+    held, refused = list[int](), list[int]()
+
+    def work(number: int) -> None:
+        together.wait()
+        try:
+            with lock(f"key-{number}", timeout=LIMIT):
+                held.append(number)
+                over.wait()
+        except LockCapacityError:
+            refused.append(number)
+
+    crew = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+    for one in crew:
+        one.start()
+    try:
+        wait_for(lambda: len(held) + len(refused) == len(crew))
+        assert len(held) == 3
+    finally:
+        over.set()
+        for one in crew:
+            one.join()
+
+
+def test_who_waits_in_this_process_counts_when_its_turn_comes(dsn: str) -> None:
+    configure(max_held=2)
+
+    def read() -> None:
+        with lock("readers", shared=True, timeout=LIMIT):
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        with lock("readers", shared=True), lock("one"), pytest.raises(LockCapacityError):
+            pool.submit(read).result()
+        pool.submit(read).result()
+
+
+def test_a_task_that_ended_without_its_release_is_collected_with_its_lock(rival: Rival, dsn: str) -> None:
+    """As when an interrupt hits the first line of `__aexit__`: the task's error knows the frame, and that the lock."""
+
+    class Interrupt(BaseException):
+        pass
+
+    async def go() -> None:
+        entered = lock("one")
+        await entered.__aenter__()
+        assert not rival.try_hold("one")
+        raise Interrupt
+
+    with contextlib.suppress(Interrupt):
+        asyncio.run(go())
+    gc.collect()
+
+    wait_for(lambda: rival.is_free("one"))
+
+
+def test_a_reader_that_an_interrupt_left_in_the_loop_is_nobodys() -> None:
+    async def go() -> bool:
+        ours, theirs = socket.socketpair()
+        gone, also_gone = socket.socketpair()
+        asyncio.get_running_loop().add_reader(gone.fileno(), gone.close)
+        number = os.dup2(ours.fileno(), gone.fileno())  # the loop doesn't know
+        also_gone.close()
+        theirs.send(b"!")
+        came = await loop._wait(SocketWait(number, READ, time.monotonic() + 1))
+        for one in (ours, theirs, gone):
+            one.close()
+        return came
+
+    assert asyncio.run(go())
+
+
+def test_a_release_hears_nothing_of_what_its_session_owes_for_others(dsn: str, rival: Rival) -> None:
+    wire = Wire(dsn)
+    backend = PostgresBackend(wire.dsn, StoreOptions())
+    held = lock("one", backend=backend).acquire()
+    session = held._footing.claims[0].session
+    session.wire.is_brisk = False
+    releasing = held._give_up()
+    next(releasing)  # sent, and waits for the answer
+    session.debts.add((lock_key("forgotten").number, False))
+    wire.fail(b"DEALLOCATE", cut)
+
+    assert drive(going_on(releasing))
+
+    assert session.dead
+    wait_for(lambda: rival.is_free("one"))
+    held._leave_context()
+    wire.close()
