@@ -44,8 +44,8 @@ def refuse_mistaken(who: str, names: Iterable[str]) -> None:
     for name in sorted(set(names) - set(OPTIONS)):
         if looks_like_ours(name):
             raise ConfigurationError(f"{who}: there is no option {name!r}{nearest(name, OPTIONS)}; {KNOWN}")
-        if name in MISTAKEN:
-            raise ConfigurationError(f"{who}: the option {name!r} does nothing; use {MISTAKEN[name]}; {KNOWN}")
+        if name.lower() in MISTAKEN:
+            raise ConfigurationError(f"{who}: the option {name!r} does nothing; use {MISTAKEN[name.lower()]}; {KNOWN}")
 
 
 def refuse_without_key(who: str, names: Iterable[str]) -> None:

@@ -171,6 +171,8 @@ class _Field:
                 f"key template {template!r}: {{{path}:{spec}}} is not the field of an argument",
                 template,
             )
+        if conversion not in (None, "r", "s", "a"):
+            raise KeyTemplateError(f"key template {template!r}: there is no conversion '!{conversion}'", template)
         if any(is_attribute and str(step).startswith("__") for is_attribute, step in self._steps):
             raise KeyTemplateError(
                 f"key template {template!r}: {{{path}}} reaches into Python's own attributes",

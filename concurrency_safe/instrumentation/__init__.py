@@ -6,6 +6,7 @@ A conflict is everyday business: one line at INFO. A lost lock is an ERROR.
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 
 from concurrency_safe.core.events import Hook, LockEvent
 
@@ -42,8 +43,17 @@ def remove_hook(hook: Hook) -> None:
     hooks = tuple(other for other in hooks if other != hook)  # a method is a new object each time
 
 
+#: Where conflicts wait until they are told, while an exception may strike the running thread at any moment (Dramatiq's
+#: time limits): it would leave the lock of a log's handler locked for ever. None: they are told at once.
+conflicts: ContextVar[list[LockEvent] | None] = ContextVar("concurrency_safe_conflicts", default=None)
+
+
 def emit(event: LockEvent) -> None:
     """Tell everybody who listens."""
+    waiting = conflicts.get()
+    if waiting is not None and event.kind == "conflicted":
+        waiting.append(event)
+        return
     log_event(event)
     for hook in hooks:
         try:

@@ -25,6 +25,7 @@ from dramatiq.middleware import (
     Pipelines,
     Retries,
     ShutdownNotifications,
+    SkipMessage,
     TimeLimit,
 )
 from dramatiq.rate_limits.backends import RedisBackend as Limits
@@ -40,13 +41,18 @@ RESULTS = RedisBackend(url=f"{REDIS}?socket_timeout=60")
 
 
 class Killer(Middleware):
-    """Kills the worker once, when a result is stored and nobody who goes on from it was told."""
+    """Kills the worker once, in the hook and at the actor that the test names: after_process_message:patient."""
 
-    def after_process_message(self, broker: Any, message: Any, **_: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
-        mark = os.environ.get("KILL_MARK")
-        if mark and message.actor_name == "patient" and not Path(mark).exists():
-            Path(mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __getattribute__(self, name: str) -> Any:
+        hook, _, actor_name = os.environ.get("KILL_AT", "").partition(":")
+        return partial(kill, actor_name) if name == hook else super().__getattribute__(name)
+
+
+def kill(actor_name: str, _: Any, message: Any, **__: Any) -> None:
+    mark = Path(os.environ["KILL_MARK"])
+    if message.actor_name == actor_name and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def connect(url: str) -> Any:
@@ -74,6 +80,8 @@ def connect(url: str) -> Any:
 
 
 broker = connect(os.environ["TESTS_BROKER_URL"])
+if "QUIET" in os.environ:  # as `logging.config` does to the loggers that there are already
+    broker.logger.disabled = True
 dramatiq.set_broker(broker)
 
 actor: Any = partial(dramatiq.actor, broker=broker, queue_name=os.environ.get("DRAMATIQ_QUEUE", "tests"))
@@ -344,7 +352,10 @@ def tiny(number: int) -> int:
     return number
 
 
-@actor(lock_key="brief:{key}", lock_timeout=None, store_results=True, max_retries=0)
+once: Any = {"store_results": True, "max_retries": 0}
+
+
+@actor(lock_key="brief:{key}", lock_timeout=None, **once)
 def brief(key: str, seconds: float) -> str:
     """Work in small steps, so that an interrupt comes through; each a single call, which it can't leave half done."""
     for _ in range(round(seconds * 1000)):
@@ -369,3 +380,38 @@ def two_at_gate(number: int) -> int:
 def stubborn(key: str) -> str:
     note("stubborn", key)
     return key
+
+
+@actor(on_conflict=Retry(delay=2.5, jitter=False), on_success="succeeded", max_retries=0, **one)
+def comes_later(key: str) -> str:
+    note("comes_later", key)
+    return key
+
+
+@actor(on_conflict=SOON, max_retries=0, **one)
+def skips_itself(key: str) -> str:
+    note("skips_itself", key)
+    raise SkipMessage("not today")
+
+
+@actor(
+    lock_key="brief:{key}",
+    lock_timeout=0.02,
+    on_conflict=Retry(delay=0.05, max_delay=0.1),
+    **short | {"max_retries": 0},
+)
+def hurried(key: str, seconds: float) -> str:
+    return str(brief.fn.__wrapped__(key, seconds))
+
+
+@actor(lock_key="one:{key}", on_conflict="skip", store_results=True)
+async def skipping_async(key: str) -> str:
+    return key
+
+
+@actor(store_results=True)
+async def fills_the_executor(seconds: float) -> None:
+    """Keep every thread of the loop's own executor busy."""
+    threads = (os.cpu_count() or 1) + 4
+    note("fills_the_executor", threads)
+    await asyncio.gather(*(asyncio.to_thread(_never.wait, seconds) for _ in range(min(32, threads))))

@@ -82,6 +82,7 @@ MISTAKES = [
     ({"lock_key": "pay:{uid}"}, r"actor pay: .*'pay:\{uid\}'.*'uid'.*'user_id', 'amount'"),
     ({"lock_key": "pay:{}"}, "actor pay: .*by position"),
     ({"lock_key": ""}, "actor pay: "),
+    ({"lock_key": "pay:{user_id!z}"}, "actor pay: .*no conversion '!z'"),
     ({"lock_key": 7}, "actor pay: key=7"),
     ({"key": "pay:{user_id}"}, "actor pay: the option 'key' does nothing; use lock_key"),
     ({"once": True}, "'once' does nothing; use lock_key"),
@@ -147,6 +148,66 @@ def test_an_async_perform_is_refused_since_nobody_would_await_it() -> None:
         types.new_class(
             "Pay", (dramatiq.GenericActor,), exec_body=lambda names: names.update(Meta=meta, perform=perform)
         )
+
+
+class Awaited:
+    """Dramatiq does not know that its call gives a coroutine."""
+
+    __name__ = "pay"
+
+    async def __call__(self, user_id: int) -> None:
+        """Do nothing."""
+
+
+def test_an_object_whose_call_nobody_would_await_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"actor pay: Dramatiq never awaits .*`async def __call__`"):
+        actor_of(Awaited(), broker=a_broker(), actor_name="pay", lock_key="pay:{user_id}")
+
+
+class Wraps(Middleware):
+    """Puts a function of its own around an actor's."""
+
+    def __init__(self, *, visibly: bool) -> None:
+        self._visibly = visibly
+
+    def before_declare_actor(self, _: Any, actor: Any) -> None:
+        inner = actor.fn
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs)
+
+        actor.fn = functools.wraps(inner)(outer) if self._visibly else outer
+
+
+def test_an_async_function_that_another_middleware_has_wrapped_is_refused() -> None:
+    """Its coroutine could outlive the call, and so the lock."""
+    with pytest.raises(
+        ConfigurationError, match=r"actor pay: another middleware .* put ConcurrencySafeMiddleware before"
+    ):
+        declare("async", a_broker(Wraps(visibly=True)), lock_key="pay:{user_id}")
+
+
+@pytest.mark.parametrize("visibly", [True, False])
+@pytest.mark.parametrize("kind", ["function", "async"])
+def test_a_middleware_that_wraps_what_is_guarded_does_not_guard_it_twice(
+    kind: str, visibly: Any, rival: Rival, loop: None
+) -> None:
+    broker = StubBroker(middleware=[ConcurrencySafeMiddleware(), Wraps(visibly=visibly)])
+    actor = declare(kind, broker, lock_key="pay:{user_id}")
+    assert actor(7) == "pay:7"
+
+
+def test_an_async_function_may_be_declared_again_with_the_same_key(rival: Rival, loop: None) -> None:
+    broker = a_broker()
+    first_actor = declare("async", broker, lock_key="pay:{user_id}")
+    again = actor_of(first_actor.fn, broker=broker, actor_name="later", lock_key="pay:{user_id}")
+    plain = actor_of(first_actor.fn, broker=broker, actor_name="plain")
+
+    assert again(7) == plain(7) == "pay:7"
+    rival.hold("pay:7")
+    for actor in (again, plain):
+        with pytest.raises(LockAcquireTimeout):
+            actor(7)
 
 
 def test_an_option_of_another_middleware_is_its_own() -> None:
@@ -339,6 +400,8 @@ def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
         {"key": "pay:{user_id}"},
         {"timeout": 3},
         {"once": True},
+        {"Timeout": 3},
+        {"lock_slots": 2},
     ],
     ids=first,
 )

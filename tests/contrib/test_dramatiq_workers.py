@@ -243,3 +243,13 @@ def test_async_actors_that_wait_for_a_lock_leave_the_loop_to_others(crew: Worker
     assert max(crew.result(one) for one in ticking) < 0.2
     crew.rival.let_go()
     assert [crew.result(one) for one in waiting] == ["a"] * 3
+
+
+def test_a_conflict_of_an_async_actor_is_decided_while_the_threads_of_the_loop_are_busy(crew: Workers) -> None:
+    crew.rival.hold("one:a")
+    crew.send(actors.fills_the_executor, 4)
+    wait_for(lambda: crew.runs("fills_the_executor") == 1)
+    # One of two processes has busy threads; both get some of these.
+    sent = [crew.send(actors.skipping_async, "a") for _ in range(8)]
+
+    assert [crew.result(one, 3000) for one in sent] == [None] * 8

@@ -12,12 +12,13 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from dramatiq.asyncio import async_to_sync
 from dramatiq.common import q_name
 from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
 
+from concurrency_safe import instrumentation
 from concurrency_safe.contrib.dramatiq import options, outcomes, requeue
 from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.policies import Retry, Skip
@@ -25,6 +26,7 @@ from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.guards import DIRECT, Guard, Verbs
 from concurrency_safe.locks import current_work
 from concurrency_safe.postgres.inspect import describe_work
+from concurrency_safe.postgres.loop import call
 from concurrency_safe.spaces import close_idle_sessions
 
 logger = logging.getLogger("concurrency_safe")
@@ -35,7 +37,7 @@ _arriving: ContextVar[Any] = ContextVar("concurrency_safe_message", default=None
 #: Milliseconds that a worker with nothing to do lets pass before it looks into such a queue again.
 LOOK = 200
 
-#: The attribute of an actor's function that is guarded.
+#: The attribute of an actor, and of its function, that is guarded.
 _GUARDED = "concurrency_safe_body"
 
 
@@ -44,6 +46,10 @@ async def _nothing() -> None: ...
 
 #: The code of what Dramatiq makes of an `async def`. A decorator that runs a coroutine itself is wrapped likewise.
 _BRIDGE = async_to_sync(_nothing).__code__
+
+
+def _is_bridge(fn: object) -> bool:
+    return getattr(fn, "__code__", None) is _BRIDGE
 
 
 class ConcurrencySafeMiddleware(Middleware):
@@ -76,10 +82,12 @@ class ConcurrencySafeMiddleware(Middleware):
         self._guard(broker, broker.get_actor(actor) if isinstance(actor, str) else actor)
 
     def _guard(self, broker: Any, actor: Any) -> None:
-        fn, place = options.body_of(actor)
         if _guarded_body(actor) is None:
+            fn, place = options.body_of(actor)
             others = (one.actor_options for one in broker.middleware if not isinstance(one, ConcurrencySafeMiddleware))
-            setattr(*place, _Body(broker, actor, fn, frozenset().union(*others)).guarded())
+            body = _Body(broker, actor, fn, frozenset().union(*others))
+            setattr(*place, body.guarded())
+            setattr(actor, _GUARDED, body)
 
     def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Tell the actor's function which message it runs for."""
@@ -128,9 +136,9 @@ def _comes_back(actor: Any) -> bool:
 
 
 def _guarded_body(actor: Any) -> _Body | None:
-    """Give what guards `actor`; None: nothing yet. `functools.wraps` gives the function of another actor's mark on."""
-    body = getattr(options.body_of(actor)[0], _GUARDED, None)
-    return body if isinstance(body, _Body) and body.actor is actor else None
+    """Give what guards `actor`; None: nothing yet."""
+    body: _Body | None = getattr(actor, _GUARDED, None)
+    return body
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -146,6 +154,13 @@ class _Postponed(Exception):
         super().__init__()
         self.policy = policy
         self.error = error
+
+
+class _Skipped(NamedTuple):
+    """The policy says *skip*; told when nothing can interrupt it."""
+
+    policy: Skip
+    conflict: LockAcquireTimeout
 
 
 class _MetItself(Exception):
@@ -164,10 +179,15 @@ class _Body:
         self.actor = actor
         self._foreign = foreign
         self._fn = fn
-        self._is_async = getattr(fn, "__code__", None) is _BRIDGE
-        self._inner: Callable[..., Any] = fn.__wrapped__ if self._is_async else fn  # type: ignore[attr-defined]
+        other = getattr(fn, _GUARDED, None)  # the function of another actor, which is guarded, too
+        guarded_inner = other.guarded_inner() if isinstance(other, _Body) else None
+        self._is_async = guarded_inner is not None or _is_bridge(fn)
+        inner = fn.__wrapped__ if _is_bridge(fn) else fn  # type: ignore[attr-defined]
+        self._inner: Callable[..., Any] = guarded_inner or inner
         self._options = options.declared(actor, foreign)
         self._declared = options.build(actor, self._inner, self._options)
+        if self._declared is not None and not self._is_async:
+            options.refuse_hidden_async(actor, fn, _is_bridge)
 
     @property
     def comes_back(self) -> bool:
@@ -193,33 +213,76 @@ class _Body:
             return self._fn(*args, **kwargs)
         return self._call(self._declared, args, kwargs, DIRECT)
 
+    def guarded_inner(self) -> Callable[..., Any] | None:
+        """Give the `async def`, guarded as by a direct call; None: it is none."""
+        if not self._is_async:
+            return None
+
+        @functools.wraps(self._inner)
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self._declared is None:
+                return await self._inner(*args, **kwargs)
+            guard, template = self._declared
+            return await guard.arun_as(template, self._inner, args, kwargs, DIRECT)
+
+        return guarded
+
     def _process(self, message: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = options.of_message(self.actor, message, self._foreign)
         options_now = {**self._options, **given}
         declared = options.build(self.actor, self._inner, options_now) if given else self._declared
         if declared is None:
             return self._fn(*args, **kwargs)
-        meet = partial(self._ameet if self._is_async else self._meet, message, declared[0])
-        work = current_work.set(message.message_id)
+        work, events = current_work.set(message.message_id), instrumentation.conflicts.set([])
         try:
-            result = self._call(declared, args, kwargs, Verbs(_postpone, partial(_skip, message), meet), message)
-        except _Postponed as postponed:
-            self._disarm(message)
-            requeue.later(self._broker, message, postponed.policy, postponed.error)
-        except _MetItself as met:
-            self._disarm(message)
-            requeue.duplicate(self._broker, message, met.conflict)
-        except outcomes.HasRun as earlier:
-            self._disarm(message)
-            if earlier.told:
-                requeue.drop(message)
-            logger.info("message %s has run already; its result goes on", message.message_id)
-            result = earlier.result
+            result = self._attempt(declared, message, args, kwargs)
         finally:
-            self._disarm(message)
+            self._calm(message)
+            instrumentation.conflicts.reset(events)
             current_work.reset(work)
-        outcomes.has_run(message)
+        if isinstance(result, _Skipped):
+            # It is a result, since groups and pipelines end silently at a SkipMessage.
+            who = message.message_id, message.actor_name
+            logger.info("message %s of actor %s was skipped: %s", *who, result.conflict)
+            result = result.policy.result
+        outcomes.has_run(self._broker, message, result)
         return result
+
+    def _attempt(
+        self, declared: tuple[Guard, KeyTemplate], message: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run the body, or end this delivery without it.
+
+        Raises: PutBack, PutBackFailed, ConflictBudgetSpent, StoreBudgetSpent; what the body and the policy raise.
+        """
+        meet = partial(self._ameet if self._is_async else self._meet, message, declared[0])
+        end: Callable[[], Any]
+        try:
+            return self._call(declared, args, kwargs, Verbs(_postpone, _Skipped, meet), message)
+        except _Postponed as postponed:
+            end = partial(requeue.later, self._broker, message, postponed.policy, postponed.error)
+        except _MetItself as met:
+            why = f"it runs already, or did just now: {met.conflict}"
+            end = partial(requeue.duplicate, self._broker, message, why)
+        except outcomes.ResultsUnavailable as error:
+            why = f"whether it has run already, the results don't say: {error}"
+            end = partial(requeue.duplicate, self._broker, message, why)
+        except outcomes.HasRun as earlier:
+            end = partial(requeue.drop, message) if earlier.told else partial(_go_on, message, earlier.result)
+        except BaseException as error:
+            self._calm(message)
+            outcomes.take_back(self._broker, message, error)
+            raise
+        self._calm(message)
+        return end()
+
+    def _calm(self, message: Any) -> None:
+        """Let nothing interrupt what comes now; then tell of conflicts."""
+        self._disarm(message)
+        waiting, told = instrumentation.conflicts.get() or [], instrumentation.conflicts.set(None)
+        while waiting:
+            instrumentation.emit(waiting.pop(0))
+        instrumentation.conflicts.reset(told)
 
     def _call(
         self,
@@ -239,48 +302,73 @@ class _Body:
         return _in_loop(run) if self._is_async else run()
 
     def _body(self, message: Any) -> Callable[..., Any]:
-        """Give the body for `message`: a copy may have run already."""
-        if message is None or not requeue.is_copy(message):
+        """Give the body for `message`: a copy may have run already, and the next one has to know."""
+        if message is None:
             return self._fn
 
-        def unless_run(*args: Any, **kwargs: Any) -> Any:
-            outcomes.refuse_second_run(self._broker, message, settling=True)
-            return self._fn(*args, **kwargs)
+        def body(*args: Any, **kwargs: Any) -> Any:
+            self._refuse_second_run(message)
+            events = instrumentation.conflicts.set(None)  # the body's own are its own business
+            try:
+                result = self._fn(*args, **kwargs)
+            finally:
+                instrumentation.conflicts.reset(events)
+            self._disarm(message)
+            outcomes.note_run(self._broker, message, result)
+            return result
 
-        return unless_run
+        return body
 
     def _abody(self, message: Any) -> Callable[..., Any]:
         """Do the same for an `async def`, whose loop must not wait for the results."""
-        if message is None or not requeue.is_copy(message):
+        if message is None:
             return self._inner
 
-        async def unless_run(*args: Any, **kwargs: Any) -> Any:
-            await asyncio.to_thread(outcomes.refuse_second_run, self._broker, message, settling=True)
-            return await self._inner(*args, **kwargs)
+        async def body(*args: Any, **kwargs: Any) -> Any:
+            if self._may_have_run(message):
+                await call(partial(self._refuse_second_run, message))
+            events = instrumentation.conflicts.set(None)  # see _body
+            try:
+                result = await self._inner(*args, **kwargs)
+            finally:
+                instrumentation.conflicts.reset(events)
+            # Where it was cancelled Dramatiq has given it up, and tries again.
+            if outcomes.has_results(self._broker, message) and not _is_cancelled():
+                await call(partial(outcomes.note_run, self._broker, message, result))
+            return result
 
-        return unless_run
+        return body
 
     def _meet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
         """Never skip or fail for a conflict with oneself, nor when the message has run already.
 
         An unknown holder may be oneself, unless the broker knows better.
         """
-        if requeue.is_copy(message):
-            outcomes.refuse_second_run(self._broker, message, settling=False)
+        self._refuse_second_run(message)
         itself = describe_work(message.message_id) in (conflict.holder or "")
-        unknown = conflict.holder is None and getattr(message, "redelivered", True)
+        unknown = conflict.holder is None and requeue.is_redelivered(message) is not False
         if itself or (unknown and not isinstance(guard.policy, Retry)):
             raise _MetItself(conflict)
 
     async def _ameet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
         """Do the same where the loop must not wait for the results."""
-        await asyncio.to_thread(self._meet, message, guard, conflict)
+        meet = partial(self._meet, message, guard, conflict)
+        await call(meet) if self._may_have_run(message) else meet()
+
+    def _may_have_run(self, message: Any) -> bool:
+        """Say whether the results have to be asked about `message`."""
+        return requeue.may_be_copy(message) and outcomes.has_results(self._broker, message)
+
+    def _refuse_second_run(self, message: Any) -> None:
+        if self._may_have_run(message):
+            outcomes.refuse_second_run(self._broker, message, certain=requeue.is_copy(message))
 
     def _disarm(self, message: Any) -> None:
-        """Let nothing interrupt what Dramatiq does after the body.
+        """Let nothing interrupt what comes after the body, or after the wait in vain.
 
-        An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445). Once the lock
-        is released, time limits and shutdown notices have nothing left to end.
+        An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445); in a call of
+        `logging` it would leave a lock of the log's. Once the body has ended, time limits and shutdown notices have
+        nothing left to end: the release has a time limit of its own.
         """
         for one in self._broker.middleware:
             if isinstance(one, (TimeLimit, ShutdownNotifications)):
@@ -307,14 +395,19 @@ def _in_loop(call: Callable[[], Awaitable[Any]]) -> Any:
     return result
 
 
+def _is_cancelled() -> bool:
+    """Say whether the running task was cancelled, and goes on nevertheless. Python 3.10 can't tell."""
+    task = asyncio.current_task()
+    return task is not None and hasattr(task, "cancelling") and task.cancelling() > 0
+
+
 def _postpone(policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:
     raise _Postponed(policy, error)
 
 
-def _skip(message: Any, policy: Skip, conflict: LockAcquireTimeout) -> Any:
-    """Give the result of a skip. It is a result, since groups and pipelines end silently at a SkipMessage."""
-    logger.info("message %s of actor %s was skipped: %s", message.message_id, message.actor_name, conflict)
-    return policy.result
+def _go_on(message: Any, result: Any) -> Any:
+    logger.info("message %s has run already; its result goes on", message.message_id)
+    return result
 
 
 def _met(conflict: LockAcquireTimeout) -> Any:

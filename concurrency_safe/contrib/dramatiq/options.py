@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from concurrency_safe.core.adapter_options import (
     refuse_without_key,
 )
 from concurrency_safe.core.errors import ConfigurationError, KeyTemplateError
+from concurrency_safe.core.parameters import is_async
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.guards import Guard
 
@@ -61,7 +61,7 @@ def of_message(actor: Any, message: Any, foreign: frozenset[str]) -> dict[str, A
 
     Raises: ActorOptionError.
     """
-    ours = {name for name in message.options if looks_like_ours(name) or name in MISTAKEN} - foreign
+    ours = {name for name in message.options if looks_like_ours(name) or name.lower() in MISTAKEN} - foreign
     given = {name: message.options[name] for name in ours}
     if not given:
         return given
@@ -74,9 +74,37 @@ def of_message(actor: Any, message: Any, foreign: frozenset[str]) -> dict[str, A
         raise ActorOptionError(str(error)) from None
     if "lock_key" in given and given["lock_key"] is None:
         raise ActorOptionError(f"{who}: lock_key=None would run it unguarded; leave the option out")
+    slots, known = given.get("lock_slots"), actor.options.get("lock_slots", 1)
+    if slots is not None and slots != known and "lock_key" not in given:
+        raise ActorOptionError(
+            f"{who}: lock_slots={slots!r}, but the key of its other messages has {known}, and a key has one number of "
+            "slots everywhere; give the message a lock_key of its own, too"
+        )
     if isinstance(given.get("lock_key"), list):
         given["lock_key"] = tuple(given["lock_key"])
     return given
+
+
+def refuse_hidden_async(actor: Any, fn: Any, is_bridge: Callable[[object], bool]) -> None:
+    """Refuse a function that Dramatiq runs in its event loop, or not at all, where that can't be seen to its end.
+
+    The lock would be released while the coroutine goes on.
+
+    Raises: ActorOptionError.
+    """
+    who = f"actor {actor.actor_name}"
+    if is_async(fn):
+        raise ActorOptionError(
+            f"{who}: Dramatiq never awaits an `async def perform`, nor an `async def __call__` of an object; make it a "
+            "plain method, or the actor an `async def` function"
+        )
+    inner = fn
+    while (inner := getattr(inner, "__wrapped__", None)) is not None:
+        if is_bridge(inner):
+            raise ActorOptionError(
+                f"{who}: another middleware has wrapped its `async def`, so its lock would not last until that has "
+                "ended; put ConcurrencySafeMiddleware before that one"
+            )
 
 
 def build(actor: Any, body: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Guard, KeyTemplate] | None:
@@ -88,11 +116,6 @@ def build(actor: Any, body: Callable[..., Any], options: Mapping[str, Any]) -> t
     who = f"actor {actor.actor_name}"
     if key is None:
         return None
-    if inspect.iscoroutinefunction(body) and isinstance(actor.fn, GenericActor):
-        raise ActorOptionError(
-            f"{who}: Dramatiq never awaits an `async def perform`; make it a plain method, or the actor an "
-            "`async def` function"
-        )
     try:
         guard = Guard(
             key,

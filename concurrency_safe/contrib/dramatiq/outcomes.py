@@ -1,39 +1,54 @@
-"""Has this message run already? Its stored result tells; without results nobody knows.
+"""Has this message run already? Notes beside the results tell; without results nobody knows.
 
-A queue delivers a message again whose worker fell silent, or died. Where the body has run, what is left may be to tell
-those that go on from it: the next of a pipeline, the group, `on_success`. That it was done is noted beside the result.
+A queue delivers a message again whose worker fell silent, or died. That the body has run, and with which result, is
+noted while the lock is still held, so whoever gets the lock knows; Dramatiq stores the result later. What is left may
+be to tell those that go on from it: the next of a pipeline, the group, `on_success`. That it was done is noted, too.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from dramatiq.middleware import TimeLimit
+from dramatiq.middleware import Callbacks, GroupCallbacks, Pipelines, TimeLimit
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
-#: Seconds that a copy which has the lock waits for what a message that may just have ended still has to say, since
-#: Dramatiq stores its result, and what follows, after the lock's release; between two looks.
+logger = logging.getLogger("concurrency_safe")
+
+#: Seconds that a copy waits for what an earlier delivery may just be doing: telling those that go on from it; between
+#: two looks.
 SETTLING, _LOOK = 1.0, 0.02
 
-#: An attribute of a message whose body has run, in this delivery or an earlier one.
-_HAS_RUN = "concurrency_safe_has_run"
+#: What is noted: the body's result; that those who go on from the message were told.
+_RAN, _TOLD = "ran", "told"
+
+#: Attributes of a message: its body has run, in this delivery or an earlier one; this delivery has noted so.
+_HAS_RUN, _NOTED = "concurrency_safe_has_run", "concurrency_safe_noted"
 
 #: Whether a middleware failed to do its part after this thread's message, as one does while the broker is away.
 _hook_failed: ContextVar[bool] = ContextVar("concurrency_safe_hook_failed", default=False)
 
+#: An attribute of a hook that is watched.
+_WATCHED = "concurrency_safe_watched"
+
 _MISSING = object()
 _never = threading.Event()
+
+
+class ResultsUnavailable(Exception):
+    """The results can't be asked whether a copy of a message is one too many."""
 
 
 class HasRun(Exception):
     """The message has succeeded in an earlier delivery.
 
     Attributes:
-        result: What was stored then.
+        result: What it gave then.
         told: Those that go on from it know it, too.
     """
 
@@ -43,39 +58,84 @@ class HasRun(Exception):
         self.told = told
 
 
-def refuse_second_run(broker: Any, message: Any, *, settling: bool) -> None:
-    """End a copy of a message whose result there is.
+def refuse_second_run(broker: Any, message: Any, *, certain: bool) -> None:
+    """End a copy of a message that has run. `certain`: it is a copy; else it may be one, and runs when nobody knows.
 
-    `settling`: the copy has the lock, so whoever had it may have ended just now: wait for its result.
-
-    Raises: HasRun.
+    Raises: HasRun, ResultsUnavailable.
     """
     results = _results(broker, message)
     if results is None:
         return
-    until = time.monotonic() + _patience(broker, message)
-    result = _find(results.backend, message, until if settling else 0.0)
-    if result is not _MISSING:
-        told = not _goes_on(broker, message) or _find(results.backend, _note(message), until) is not _MISSING
-        raise HasRun(result, told)
+    try:
+        result = _find(results.backend, _note(message, _RAN), 0.0)
+        if result is _MISSING:
+            return
+        until = time.monotonic() + _patience(broker, message)
+        told = not _goes_on(broker, message) or _find(results.backend, _note(message, _TOLD), until) is not _MISSING
+    except Exception as error:
+        if not certain:
+            return
+        raise ResultsUnavailable(f"{type(error).__name__}: {error}") from error
+    raise HasRun(result, told)
 
 
-def has_run(message: Any) -> None:
-    """Remember that the body of `message` has run, until it is acknowledged."""
+def has_results(broker: Any, message: Any) -> bool:
+    """Say whether the result of `message` is stored at all."""
+    return _results(broker, message) is not None
+
+
+def note_run(broker: Any, message: Any, result: Any) -> None:
+    """Note that the body of `message` has run; its lock is held.
+
+    Where that fails it is as without a guard: the message may run a second time.
+    """
+    results = _results(broker, message)
+    if results is not None:
+        setattr(message, _NOTED, True)
+        try:
+            results.backend.store_result(_note(message, _RAN), result, _ttl(broker, message, results))
+        except Exception as error:  # noqa: BLE001 - the body has run, and nothing may make that a failure
+            logger.warning("that message %s has run could not be noted: %s", message.message_id, error)
+
+
+def take_back(broker: Any, message: Any, error: BaseException) -> None:
+    """Take that note back: the body has run, but not to a good end, since `error` came behind it (a lost lock)."""
+    results = _results(broker, message)
+    if results is not None and hasattr(message, _NOTED):
+        try:
+            results.backend.store_exception(_note(message, _RAN), error, _ttl(broker, message, results))
+        except Exception as failure:  # noqa: BLE001 - `error` is what is to be told
+            logger.warning("that message %s has failed could not be noted: %s", message.message_id, failure)
+
+
+def has_run(broker: Any, message: Any, result: Any) -> None:
+    """Remember that `message` has its result, until it is acknowledged; note it where the body did not (a skip)."""
+    if not hasattr(message, _NOTED):
+        note_run(broker, message, result)
     setattr(message, _HAS_RUN, True)
     _hook_failed.set(False)
 
 
 def watch_hooks(broker: Any) -> None:
-    """Learn of hooks that fail: Dramatiq tells its log, and nobody else."""
-    broker.logger.removeFilter(_learn)
-    broker.logger.addFilter(_learn)
+    """Learn of hooks that fail to tell those that go on from a message: Dramatiq tells its log, and nobody else."""
+    for one in broker.middleware:
+        if isinstance(one, (Callbacks, GroupCallbacks, Pipelines)):
+            told: Any = one
+            if not hasattr(told.after_process_message, _WATCHED):
+                told.after_process_message = _watched(told.after_process_message)
 
 
-def _learn(record: logging.LogRecord) -> bool:
-    if isinstance(record.args, tuple) and "after_process_message" in record.args:
-        _hook_failed.set(True)
-    return True
+def _watched(hook: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(hook)
+    def watched(*args: Any, **kwargs: Any) -> None:
+        try:
+            hook(*args, **kwargs)
+        except BaseException:
+            _hook_failed.set(True)
+            raise
+
+    setattr(watched, _WATCHED, True)
+    return watched
 
 
 def note_told(broker: Any, message: Any) -> None:
@@ -83,13 +143,12 @@ def note_told(broker: Any, message: Any) -> None:
     if hasattr(message, _HAS_RUN) and not _hook_failed.get() and _goes_on(broker, message):
         results = _results(broker, message)
         if results is not None:
-            ttl = _option(broker, message, "result_ttl", results.result_ttl)
-            results.backend.store_result(_note(message), "told", ttl)
+            results.backend.store_result(_note(message, _TOLD), None, _ttl(broker, message, results))
 
 
-def _note(message: Any) -> Any:
-    """Give what the note is stored for: a message that there never is."""
-    return message.copy(message_id=f"{message.message_id}.told")
+def _note(message: Any, what: str) -> Any:
+    """Give what a note is stored for: a message that there never is."""
+    return message.copy(message_id=f"{message.message_id}.{what}")
 
 
 def _goes_on(broker: Any, message: Any) -> bool:
@@ -118,6 +177,10 @@ def _results(broker: Any, message: Any) -> Any:
         if isinstance(one, Results):
             return one if _option(broker, message, "store_results", one.store_results) else None
     return None
+
+
+def _ttl(broker: Any, message: Any, results: Any) -> Any:
+    return _option(broker, message, "result_ttl", results.result_ttl)
 
 
 def _patience(broker: Any, message: Any) -> float:

@@ -79,14 +79,14 @@ def later(broker: Any, message: Any, policy: Retry, error: LockAcquireTimeout | 
     )
 
 
-def duplicate(broker: Any, message: Any, conflict: LockAcquireTimeout) -> NoReturn:
-    """Enqueue this copy again after a while, and end it without any result: the message itself is at work.
+def duplicate(broker: Any, message: Any, why: str) -> NoReturn:
+    """Enqueue this copy again after a while, and end it without any result: the message itself is at work, or may be.
 
     Raises: PutBack, PutBackFailed.
     """
     times = int(message.options.get(DUPLICATES, 0))
     delay = _DUPLICATE.next_delay(times, random.random)
-    _put_back(broker, message, delay, {DUPLICATES: times + 1}, f"it runs already, or did just now: {conflict}")
+    _put_back(broker, message, delay, {DUPLICATES: times + 1}, why)
 
 
 def drop(message: Any) -> NoReturn:
@@ -99,15 +99,30 @@ def drop(message: Any) -> NoReturn:
 
 
 def is_copy(message: Any) -> bool:
-    """Say whether there may be another delivery of the same message: RabbitMQ says so, or one that went back before."""
-    return bool(message.options.get(DUPLICATES) or getattr(message, "redelivered", False))
+    """Say whether there is, or was, another delivery of the same message, for all that we know.
+
+    RabbitMQ says so; or it went back before, and its original was not acknowledged, for a worker that died just then.
+    """
+    options = message.options
+    came_back = CONFLICTS in options and options.get(ATTEMPT) == options.get("retries", 0)
+    return bool(came_back or options.get(DUPLICATES) or is_redelivered(message))
+
+
+def may_be_copy(message: Any) -> bool:
+    """Say whether there may be another one: the original of such a copy, where the broker keeps no account."""
+    return is_redelivered(message) is None or is_copy(message)
+
+
+def is_redelivered(message: Any) -> bool | None:
+    """Say whether the broker has delivered the message before; None: it keeps no account of that, as Redis."""
+    return getattr(message, "redelivered", None)
 
 
 def _put_back(broker: Any, message: Any, delay: float, options: dict[str, Any], why: str) -> NoReturn:
     delay = min(delay, _LONGEST_DELAY)
     for pause in _PAUSES:
         _never.wait(pause)
-        if pause or is_copy(message):
+        if pause or message.options.get(DUPLICATES) or is_redelivered(message):
             # A broker that was away, as one that delivers again, may have the original still.
             options = {DUPLICATES: message.options.get(DUPLICATES) or 1, **options}
         try:
@@ -116,7 +131,10 @@ def _put_back(broker: Any, message: Any, delay: float, options: dict[str, Any], 
         except Exception:
             logger.exception("message %s could not be put back (%s)", message.message_id, why)
     else:
-        # Rejected rather than run unguarded; a broker that has lost us in between delivers it again.
+        # Rejected rather than run unguarded. RabbitMQ has lost us in between, most likely, and delivers it again: that
+        # is no failure to tell anybody who waits for the result.
+        if is_redelivered(message) is not None:
+            message.options["store_results"] = False
         message.fail()
         raise PutBackFailed(f"the broker did not take the message back; it waited for a lock: {why}")
     logger.info(
