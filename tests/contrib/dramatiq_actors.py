@@ -308,12 +308,12 @@ async def again(key: str, seconds: float) -> str:
     return await _shielded("again", key, seconds)
 
 
-@actor(lock_key="again:{key}", lock_slots=2, **short)
+@actor(lock_key="again-in-a-slot:{key}", lock_slots=2, **short)
 async def again_in_a_slot(key: str, seconds: float) -> str:
     return await _shielded("again", key, seconds)
 
 
-@actor(lock_key="again:{key}", lock_shared=True, **short)
+@actor(lock_key="again-shared:{key}", lock_shared=True, **short)
 async def again_shared(key: str, seconds: float) -> str:
     return await _shielded("again", key, seconds)
 
