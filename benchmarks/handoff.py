@@ -1,6 +1,6 @@
 """How long a lock takes from a holder to the next waiter, who goes next, and what a blocked waiter asks its server.
 
-    python -m benchmarks.handoff [--most 64] [--milliseconds 1500] [--rounds 3] [--docs FOLDER]
+    python -m benchmarks.handoff [--most 64] [--milliseconds 1000] [--rounds 2] [--docs FOLDER]
 
 Each waiter is a process with a session of its own. A hand-over is the time from just before a release to just after the
 acquisition by the next one, by the clock that all processes share; where the same process got it again, nothing was
@@ -128,7 +128,7 @@ def measure(
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = figures.parser(__doc__, rounds=3, most=WAITERS[-1], milliseconds=1500)
+    parser = figures.parser(__doc__, rounds=2, most=WAITERS[-1], milliseconds=1000)
     options = parser.parse_args()
     lines, picture = [], dict[str, dict[int, float]]()
     with PostgresServer() as server, ValkeyServer() as valkey:

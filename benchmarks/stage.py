@@ -75,7 +75,7 @@ class Stage:
         def work(number: int) -> None:
             with ExitStack() as stack:
                 patient = self.make(self._place, stack).patient
-                with patient(f"{KEY}:{number % keys}"):
+                with patient(f"{KEY}:warm:{number}"):  # it has its connection
                     pass
                 ready.wait()
                 for turn in itertools.count():

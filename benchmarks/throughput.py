@@ -1,6 +1,6 @@
 """How many locks a process takes in a second, with 1 to 64 threads, on one key and on many; and how many connections.
 
-    python -m benchmarks.throughput [--milliseconds 1000] [--rounds 2] [--docs FOLDER]
+    python -m benchmarks.throughput [--milliseconds 600] [--rounds 2] [--docs FOLDER]
 
 Each contestant's process is started anew for each measurement, and they take turns. The ratio is to psycopg with a
 connection for each thread. Then: what a lock costs while the process holds up to 10 000 others.
@@ -65,7 +65,7 @@ def beside(place: Place, rounds: int) -> dict[int, float]:
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = figures.parser(__doc__, rounds=2, milliseconds=1000)
+    parser = figures.parser(__doc__, rounds=2, milliseconds=600)
     options = parser.parse_args()
     seen: dict[tuple[int, int, str], list[Rate]] = {}
     with PostgresServer(SERVER) as server, ValkeyServer() as valkey:

@@ -41,14 +41,17 @@ RESULTS = RedisBackend(url=f"{REDIS}?socket_timeout=60")
 
 
 class Killer(Middleware):
-    """Kills the worker once, in the hook and at the actor that the test names: after_process_message:patient."""
+    """Kills the worker once, in the hook and at the actor that a variable names: after_process_message:patient."""
+
+    def __init__(self, variable: str) -> None:
+        self.hook, _, self.actor_name = os.environ.get(variable, "").partition(":")
 
     def __getattribute__(self, name: str) -> Any:
-        hook, _, actor_name = os.environ.get("KILL_AT", "").partition(":")
-        return partial(kill, actor_name) if name == hook else super().__getattribute__(name)
+        own = super().__getattribute__
+        return partial(kill, own("actor_name")) if name == own("hook") else own(name)
 
 
-def kill(actor_name: str, _: Any, message: Any, **__: Any) -> None:
+def kill(actor_name: object, _: Any, message: Any, **__: Any) -> None:
     mark = Path(os.environ["KILL_MARK"])
     if message.actor_name == actor_name and not mark.exists():
         mark.touch()
@@ -68,7 +71,8 @@ def connect(url: str) -> Any:
         Retries(min_backoff=100, max_backoff=300),
         GroupCallbacks(Limits(url=REDIS)),
     ]
-    middleware += [AsyncIO(), Killer(), Results(backend=RESULTS), ConcurrencySafeMiddleware()]
+    middleware += [AsyncIO(), Killer("KILL_AT"), Results(backend=RESULTS), Killer("KILL_EARLY_AT")]
+    middleware += [ConcurrencySafeMiddleware()]
     if url.startswith("amqp"):
         return RabbitmqBroker(url=url, middleware=middleware)
     return RedisBroker(

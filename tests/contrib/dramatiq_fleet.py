@@ -14,6 +14,7 @@ import pytest
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.composition import group, pipeline
 
+from concurrency_safe.contrib.dramatiq import requeue
 from concurrency_safe.testing import broker_url
 from tests.contrib import dramatiq_actors
 from tests.contrib.conftest import Fleet
@@ -72,7 +73,8 @@ class Workers(Fleet):
             self.broker.client.close()
 
     def message(self, actor: Any, *args: Any, **options: Any) -> dramatiq.Message[Any]:
-        """Make a message for these workers."""
+        """Make a message for these workers; sent again, it is the same one, as a broker delivers it again."""
+        options = {requeue.ENTRY: uuid.uuid4().hex, **options}
         made: dramatiq.Message[Any] = actor.message_with_options(args=args, **options).copy(queue_name=self.queue)
         return made
 

@@ -46,9 +46,10 @@ def crew_of_its_own(log_dir: Path, url: str | None = None, **environment: str) -
 
 
 @contextlib.contextmanager
-def killed_at(place: str, log_dir: Path, url: str | None = None) -> Iterator[Workers]:
+def killed_at(place: str, log_dir: Path, url: str | None = None, variable: str = "KILL_AT") -> Iterator[Workers]:
     """Give a worker of two threads that kills itself once, there."""
-    with crew_of_its_own(log_dir, url, KILL_AT=place, KILL_MARK=str(log_dir / "mark"), HEARTBEAT_TIMEOUT="2000") as own:
+    environment = {variable: place, "KILL_MARK": str(log_dir / "mark"), "HEARTBEAT_TIMEOUT": "2000"}
+    with crew_of_its_own(log_dir, url, **environment) as own:
         own.start(1, 2)
         yield own
 
@@ -179,6 +180,36 @@ def test_a_worker_that_dies_with_its_message_put_back_makes_no_second_run(kind: 
         wait_for(lambda: crew.queued() == 0)
         assert crew.result(sent) == "a"
         assert crew.runs("comes_later") == crew.runs("succeeded") == 1
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+def test_a_worker_that_dies_before_the_result_is_stored_loses_no_result(kind: str, tmp_path: Path) -> None:
+    url = amqp_url() if kind == "rabbitmq" else None
+    with killed_at("after_process_message:comes_later", tmp_path, url, "KILL_EARLY_AT") as crew:
+        sent = crew.send(actors.comes_later, "a")
+        start_again(crew)
+
+        assert crew.result(sent, 40_000) == "a"
+        wait_for(lambda: crew.runs("succeeded") == 1)
+        assert crew.runs("comes_later") == 1
+
+
+def test_a_copy_whose_results_are_on_a_broker_that_was_away_runs(tmp_path: Path) -> None:
+    """It went back once, so it may have a twin; most have none, and it holds its lock."""
+    lasting = {"appendonly": "yes", "appendfsync": "always"}
+    with ValkeyServer(lasting) as server, crew_of_its_own(tmp_path, server.url, TESTS_RESULT_URL=server.url) as crew:
+        crew.start(1, 2)
+        crew.rival.hold("one:a")
+        sent = crew.message(actors.stubborn, "a")
+        crew.broker.enqueue(sent.copy(options={requeue.CONFLICTS: 1, requeue.SINCE: 0.0, requeue.ATTEMPT: 7}))
+        wait_for(lambda: crew.store.waiting() == 1)
+        server.kill()
+        crew.rival.let_go()
+        wait_for(lambda: crew.runs("stubborn") == 1)
+        server.start()
+
+        wait_for(lambda: crew.queued() == 0, 40)
+        assert (crew.runs("stubborn"), crew.dead()) == (1, 0)
 
 
 def test_an_original_that_comes_after_its_copy_has_run_ends(tmp_path: Path) -> None:

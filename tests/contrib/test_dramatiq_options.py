@@ -15,7 +15,9 @@ from typing import Any
 import dramatiq
 import pytest
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.middleware import AsyncIO, Middleware
+from dramatiq.middleware import AsyncIO, CurrentMessage, Middleware
+from dramatiq.results import Results
+from dramatiq.results.backends import StubBackend
 
 from concurrency_safe import (
     Call,
@@ -27,7 +29,7 @@ from concurrency_safe import (
     current_lock,
     lock,
 )
-from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware
+from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, requeue
 from tests.integration.conftest import Rival
 
 actor_of: Any = dramatiq.actor  # its overloads don't know fn and options together
@@ -181,9 +183,7 @@ class Wraps(Middleware):
 
 def test_an_async_function_that_another_middleware_has_wrapped_is_refused() -> None:
     """Its coroutine could outlive the call, and so the lock."""
-    with pytest.raises(
-        ConfigurationError, match=r"actor pay: another middleware .* put ConcurrencySafeMiddleware before"
-    ):
+    with pytest.raises(ConfigurationError, match=r"actor pay: .* put ConcurrencySafeMiddleware before"):
         declare("async", a_broker(Wraps(visibly=True)), lock_key="pay:{user_id}")
 
 
@@ -208,6 +208,18 @@ def test_an_async_function_may_be_declared_again_with_the_same_key(rival: Rival,
     for actor in (again, plain):
         with pytest.raises(LockAcquireTimeout):
             actor(7)
+
+
+def test_a_decorator_around_the_function_of_an_async_actor_is_not_passed_by(rival: Rival) -> None:
+    broker = a_broker()
+    first_actor = declare("async", broker, lock_key="pay:{user_id}")
+
+    @functools.wraps(first_actor.fn)
+    def audited(user_id: int) -> Any:
+        return first_actor.fn(user_id)
+
+    with pytest.raises(ConfigurationError, match="decorate the `async def` itself"):
+        actor_of(audited, broker=broker, actor_name="later", lock_key="later:{user_id}")
 
 
 def test_an_option_of_another_middleware_is_its_own() -> None:
@@ -378,6 +390,48 @@ def test_a_message_may_have_options_of_others(rival: Rival) -> None:
     assert seen == ["pay:7"]
 
 
+def with_results() -> StubBroker:
+    results: Any = Results(backend=StubBackend(), store_results=True)  # type: ignore[no-untyped-call]
+    return StubBroker(middleware=[CurrentMessage(), results, ConcurrencySafeMiddleware()])
+
+
+def test_a_message_that_is_sent_twice_runs_twice(rival: Rival) -> None:
+    """A broker's second delivery has the id, too; but it was not sent."""
+    broker, seen = with_results(), list[Any]()
+    actor = actor_of(noting(seen), broker=broker, lock_key="pay:{user_id}")
+    message = actor.message(7)
+
+    broker.enqueue(message)
+    assert process(broker, message) == []
+    assert seen == ["pay:7", "pay:7"]
+    assert requeue.ENTRY not in message.options
+
+
+def test_a_body_may_send_its_own_message_again(rival: Rival) -> None:
+    broker, seen = with_results(), list[Any]()
+
+    def polls(user_id: int) -> None:
+        message: Any = CurrentMessage.get_current_message()
+        seen.append(message)
+        if len(seen) < 3:
+            broker.enqueue(message.copy())
+
+    actor = actor_of(polls, broker=broker, lock_key="pay:{user_id}")
+    came_back = actor.message_with_options(args=(7,), cs_conflicts=1, cs_since=0.0, cs_attempt=0)
+    assert process(broker, came_back) == []
+    assert len(seen) == 3
+
+
+def test_a_copy_of_a_message_that_was_sent_is_the_same_message(rival: Rival) -> None:
+    broker, seen = with_results(), list[Any]()
+    actor = actor_of(noting(seen), broker=broker, lock_key="pay:{user_id}")
+    message = actor.message_with_options(args=(7,), **{requeue.ENTRY: "one"})
+
+    broker.enqueue(message)
+    assert process(broker, message.copy(options={requeue.CONFLICTS: 1})) == []
+    assert seen == ["pay:7"]
+
+
 def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
     broker, seen = a_broker(), list[Any]()
     actor = actor_of(noting(seen), broker=broker)
@@ -452,7 +506,7 @@ def test_a_conflict_of_a_lock_inside_the_body_is_the_bodys_own_error(rival: Riva
 MODULE = """
 import dramatiq
 from dramatiq.brokers.stub import StubBroker
-from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware
+from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, requeue
 broker = StubBroker()
 broker.add_middleware(ConcurrencySafeMiddleware())
 dramatiq.set_broker(broker)

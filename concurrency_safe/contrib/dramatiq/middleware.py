@@ -7,9 +7,10 @@ logs what a hook raises, and runs the actor all the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ logger = logging.getLogger("concurrency_safe")
 
 #: The message that this thread processes, until its actor is entered.
 _arriving: ContextVar[Any] = ContextVar("concurrency_safe_message", default=None)
+
+#: The message that this thread sends, if it was told from others with its id just now.
+_stamped: ContextVar[Any] = ContextVar("concurrency_safe_stamped", default=None)
 
 #: Milliseconds that a worker with nothing to do lets pass before it looks into such a queue again.
 LOOK = 200
@@ -88,6 +92,19 @@ class ConcurrencySafeMiddleware(Middleware):
             body = _Body(broker, actor, fn, frozenset().union(*others))
             setattr(*place, body.guarded())
             setattr(actor, _GUARDED, body)
+
+    def before_enqueue(self, broker: Any, message: Any, delay: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Tell the message from others with its id, which are sent on purpose; what is put back stays what it is."""
+        body = _guarded_body(broker.actors.get(message.actor_name))
+        guards = (body is not None and body.is_guarded) or "lock_key" in message.options
+        if _stamped.get() is not message:  # RabbitMQ's broker begins anew when its connection is gone
+            _stamped.set(message if guards and requeue.stamp(message) else None)
+
+    def after_enqueue(self, broker: Any, message: Any, delay: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+        """Leave the sender's object as it was: it may be sent again, and is another message then."""
+        if _stamped.get() is message:
+            del message.options[requeue.ENTRY]
+        _stamped.set(None)
 
     def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Tell the actor's function which message it runs for."""
@@ -179,8 +196,10 @@ class _Body:
         self.actor = actor
         self._foreign = foreign
         self._fn = fn
+        self.dressed: Callable[..., Any] | None = None
         other = getattr(fn, _GUARDED, None)  # the function of another actor, which is guarded, too
-        guarded_inner = other.guarded_inner() if isinstance(other, _Body) else None
+        is_other = isinstance(other, _Body) and other.dressed is fn  # and not a decorator around it
+        guarded_inner: Callable[..., Any] | None = other.guarded_inner() if is_other else None  # type: ignore[union-attr]
         self._is_async = guarded_inner is not None or _is_bridge(fn)
         inner = fn.__wrapped__ if _is_bridge(fn) else fn  # type: ignore[attr-defined]
         self._inner: Callable[..., Any] = guarded_inner or inner
@@ -188,6 +207,11 @@ class _Body:
         self._declared = options.build(actor, self._inner, self._options)
         if self._declared is not None and not self._is_async:
             options.refuse_hidden_async(actor, fn, _is_bridge)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it has a lock, unless a message says so by itself."""
+        return self._declared is not None
 
     @property
     def comes_back(self) -> bool:
@@ -206,6 +230,7 @@ class _Body:
 
         functools.update_wrapper(guarded, self._fn)
         setattr(guarded, _GUARDED, self)
+        self.dressed = guarded
         return guarded
 
     def _call_directly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -266,7 +291,7 @@ class _Body:
             end = partial(requeue.duplicate, self._broker, message, why)
         except outcomes.ResultsUnavailable as error:
             why = f"whether it has run already, the results don't say: {error}"
-            end = partial(requeue.duplicate, self._broker, message, why)
+            end = partial(requeue.duplicate, self._broker, message, why, error)
         except outcomes.HasRun as earlier:
             end = partial(requeue.drop, message) if earlier.told else partial(_go_on, message, earlier.result)
         except BaseException as error:
@@ -308,13 +333,11 @@ class _Body:
 
         def body(*args: Any, **kwargs: Any) -> Any:
             self._refuse_second_run(message)
-            events = instrumentation.conflicts.set(None)  # the body's own are its own business
-            try:
+            with _to_itself(message):
                 result = self._fn(*args, **kwargs)
-            finally:
-                instrumentation.conflicts.reset(events)
+            failure = outcomes.note_run(self._broker, message, result)  # which a time limit may end: results can hang
             self._disarm(message)
-            outcomes.note_run(self._broker, message, result)
+            outcomes.tell_unnoted(message, failure)
             return result
 
         return body
@@ -327,14 +350,11 @@ class _Body:
         async def body(*args: Any, **kwargs: Any) -> Any:
             if self._may_have_run(message):
                 await call(partial(self._refuse_second_run, message))
-            events = instrumentation.conflicts.set(None)  # see _body
-            try:
+            with _to_itself(message):
                 result = await self._inner(*args, **kwargs)
-            finally:
-                instrumentation.conflicts.reset(events)
             # Where it was cancelled Dramatiq has given it up, and tries again.
             if outcomes.has_results(self._broker, message) and not _is_cancelled():
-                await call(partial(outcomes.note_run, self._broker, message, result))
+                outcomes.tell_unnoted(message, await call(partial(outcomes.note_run, self._broker, message, result)))
             return result
 
         return body
@@ -374,6 +394,17 @@ class _Body:
             if isinstance(one, (TimeLimit, ShutdownNotifications)):
                 hooks: Any = one
                 hooks.after_process_message(self._broker, message)
+
+
+@contextlib.contextmanager
+def _to_itself(message: Any) -> Iterator[None]:
+    """Leave the body to itself: it neither sees our options, nor do its own conflicts wait."""
+    events = instrumentation.conflicts.set(None)
+    try:
+        with requeue.hidden_options(message):
+            yield
+    finally:
+        instrumentation.conflicts.reset(events)
 
 
 def _in_loop(call: Callable[[], Awaitable[Any]]) -> Any:

@@ -102,8 +102,9 @@ def refuse_hidden_async(actor: Any, fn: Any, is_bridge: Callable[[object], bool]
     while (inner := getattr(inner, "__wrapped__", None)) is not None:
         if is_bridge(inner):
             raise ActorOptionError(
-                f"{who}: another middleware has wrapped its `async def`, so its lock would not last until that has "
-                "ended; put ConcurrencySafeMiddleware before that one"
+                f"{who}: a function is around what Dramatiq made of its `async def`, so its lock would not last until "
+                "that has ended; decorate the `async def` itself, or, where another middleware does it, put "
+                "ConcurrencySafeMiddleware before that one"
             )
 
 

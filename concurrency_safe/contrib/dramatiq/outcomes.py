@@ -11,12 +11,15 @@ import functools
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 from dramatiq.middleware import Callbacks, GroupCallbacks, Pipelines, TimeLimit
 from dramatiq.results import ResultFailure, ResultMissing, Results
+
+from concurrency_safe.contrib.dramatiq import requeue
 
 logger = logging.getLogger("concurrency_safe")
 
@@ -35,6 +38,9 @@ _hook_failed: ContextVar[bool] = ContextVar("concurrency_safe_hook_failed", defa
 
 #: An attribute of a hook that is watched.
 _WATCHED = "concurrency_safe_watched"
+
+#: Of which the ids of notes are made.
+_NOTES = uuid.UUID("7d1b4b3a-9f0e-4f43-8d0d-5f6b9c1f7c11")
 
 _MISSING = object()
 _never = threading.Event()
@@ -71,7 +77,9 @@ def refuse_second_run(broker: Any, message: Any, *, certain: bool) -> None:
         if result is _MISSING:
             return
         until = time.monotonic() + _patience(broker, message)
-        told = not _goes_on(broker, message) or _find(results.backend, _note(message, _TOLD), until) is not _MISSING
+        # Whoever waits for the result is one more that goes on from the message.
+        awaited = [message, _note(message, _TOLD)] if _goes_on(broker, message) else [message]
+        told = all(_find(results.backend, one, until) is not _MISSING for one in awaited)
     except Exception as error:
         if not certain:
             return
@@ -84,10 +92,10 @@ def has_results(broker: Any, message: Any) -> bool:
     return _results(broker, message) is not None
 
 
-def note_run(broker: Any, message: Any, result: Any) -> None:
+def note_run(broker: Any, message: Any, result: Any) -> Exception | None:
     """Note that the body of `message` has run; its lock is held.
 
-    Where that fails it is as without a guard: the message may run a second time.
+    Returns: why it could not be noted; then it is as without a guard, and the message may run a second time.
     """
     results = _results(broker, message)
     if results is not None:
@@ -95,7 +103,14 @@ def note_run(broker: Any, message: Any, result: Any) -> None:
         try:
             results.backend.store_result(_note(message, _RAN), result, _ttl(broker, message, results))
         except Exception as error:  # noqa: BLE001 - the body has run, and nothing may make that a failure
-            logger.warning("that message %s has run could not be noted: %s", message.message_id, error)
+            return error
+    return None
+
+
+def tell_unnoted(message: Any, error: Exception | None) -> None:
+    """Say so to the log."""
+    if error is not None:
+        logger.warning("that message %s has run could not be noted: %s", message.message_id, error)
 
 
 def take_back(broker: Any, message: Any, error: BaseException) -> None:
@@ -111,7 +126,7 @@ def take_back(broker: Any, message: Any, error: BaseException) -> None:
 def has_run(broker: Any, message: Any, result: Any) -> None:
     """Remember that `message` has its result, until it is acknowledged; note it where the body did not (a skip)."""
     if not hasattr(message, _NOTED):
-        note_run(broker, message, result)
+        tell_unnoted(message, note_run(broker, message, result))
     setattr(message, _HAS_RUN, True)
     _hook_failed.set(False)
 
@@ -147,8 +162,8 @@ def note_told(broker: Any, message: Any) -> None:
 
 
 def _note(message: Any, what: str) -> Any:
-    """Give what a note is stored for: a message that there never is."""
-    return message.copy(message_id=f"{message.message_id}.{what}")
+    """Give what a note is stored for: a message that there never is. Its id is a UUID, as backends may want it."""
+    return message.copy(message_id=str(uuid.uuid5(_NOTES, f"{message.message_id} {requeue.entry(message)} {what}")))
 
 
 def _goes_on(broker: Any, message: Any) -> bool:

@@ -6,10 +6,13 @@ copy keeps the id, so that results, groups and pipelines find it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
 import time
+import uuid
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dramatiq.middleware import SkipMessage
@@ -26,11 +29,20 @@ CONFLICTS, SINCE, ATTEMPT = "cs_conflicts", "cs_since", "cs_attempt"
 #: Option of a message that met itself at work: how often.
 DUPLICATES = "cs_duplicates"
 
+#: Option that tells a message that was sent from another one with the same id; its copies have it, too.
+ENTRY = "cs_entry"
+
+#: Our options of a message.
+_OURS = (CONFLICTS, SINCE, ATTEMPT, DUPLICATES, ENTRY)
+
 #: An attribute of a message that was put back, so that its end is no news.
 PUT_BACK = "concurrency_safe_put_back"
 
 #: How a copy of a running message comes back.
 _DUPLICATE = Retry(delay=0.5, max_delay=30.0, limit=None, max_wait=None)
+
+#: How often a copy is put back because the results can't be asked; about an hour.
+_MOST_DUPLICATES = 150
 
 #: The Redis broker keeps no message for longer than 7 days.
 _LONGEST_DELAY = 6 * 86_400.0
@@ -79,12 +91,14 @@ def later(broker: Any, message: Any, policy: Retry, error: LockAcquireTimeout | 
     )
 
 
-def duplicate(broker: Any, message: Any, why: str) -> NoReturn:
+def duplicate(broker: Any, message: Any, why: str, error: Exception | None = None) -> NoReturn:
     """Enqueue this copy again after a while, and end it without any result: the message itself is at work, or may be.
 
-    Raises: PutBack, PutBackFailed.
+    Raises: PutBack, PutBackFailed; `error`, once that has gone on for about an hour.
     """
     times = int(message.options.get(DUPLICATES, 0))
+    if error is not None and times >= _MOST_DUPLICATES:
+        raise error
     delay = _DUPLICATE.next_delay(times, random.random)
     _put_back(broker, message, delay, {DUPLICATES: times + 1}, why)
 
@@ -98,19 +112,41 @@ def drop(message: Any) -> NoReturn:
     _end_without_result(message)
 
 
-def is_copy(message: Any) -> bool:
-    """Say whether there is, or was, another delivery of the same message, for all that we know.
+def stamp(message: Any) -> bool:
+    """Tell a message that is sent from others with its id; False: it is a copy of one that was."""
+    if ENTRY in message.options:
+        return False
+    message.options[ENTRY] = uuid.uuid4().hex
+    return True
 
-    RabbitMQ says so; or it went back before, and its original was not acknowledged, for a worker that died just then.
-    """
-    options = message.options
-    came_back = CONFLICTS in options and options.get(ATTEMPT) == options.get("retries", 0)
-    return bool(came_back or options.get(DUPLICATES) or is_redelivered(message))
+
+def entry(message: Any) -> str:
+    """Give what tells the message from others with its id; empty: its sender doesn't know this middleware."""
+    return str(message.options.get(ENTRY, ""))
+
+
+@contextlib.contextmanager
+def hidden_options(message: Any) -> Iterator[None]:
+    """Hide our options from the body: a message that it makes of this one, and sends, is another one."""
+    ours = {name: message.options.pop(name) for name in _OURS if name in message.options}
+    try:
+        yield
+    finally:
+        message.options.update(ours)
+
+
+def is_copy(message: Any) -> bool:
+    """Say whether there is another delivery of the same message: RabbitMQ says so, or it met one at work."""
+    return bool(message.options.get(DUPLICATES) or is_redelivered(message))
 
 
 def may_be_copy(message: Any) -> bool:
-    """Say whether there may be another one: the original of such a copy, where the broker keeps no account."""
-    return is_redelivered(message) is None or is_copy(message)
+    """Say whether there may be one.
+
+    It went back before, and its original was not acknowledged, for a worker that died just then; or it is that
+    original, where the broker keeps no account of redeliveries.
+    """
+    return CONFLICTS in message.options or is_redelivered(message) is None or is_copy(message)
 
 
 def is_redelivered(message: Any) -> bool | None:
@@ -120,9 +156,10 @@ def is_redelivered(message: Any) -> bool | None:
 
 def _put_back(broker: Any, message: Any, delay: float, options: dict[str, Any], why: str) -> NoReturn:
     delay = min(delay, _LONGEST_DELAY)
+    options = {ENTRY: entry(message), **options}
     for pause in _PAUSES:
         _never.wait(pause)
-        if pause or message.options.get(DUPLICATES) or is_redelivered(message):
+        if pause or is_copy(message):
             # A broker that was away, as one that delivers again, may have the original still.
             options = {DUPLICATES: message.options.get(DUPLICATES) or 1, **options}
         try:
