@@ -303,6 +303,8 @@ class Ownership:
         Raises: LockCapacityError.
         """
         if len(self._held) >= self._max_held:
+            self._held.difference_update([one for one in self._held if not one.held and one.is_orphan])
+        if len(self._held) >= self._max_held:
             raise LockCapacityError(
                 f"this process holds {len(self._held)} locks, which is its cap (MAX_HELD={self._max_held}); "
                 "hold fewer at a time, or raise MAX_HELD and PostgreSQL's max_locks_per_transaction",

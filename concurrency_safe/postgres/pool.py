@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 #: Seconds after which somebody who waits for a turn looks for itself (see `ownership.LOOK_AGAIN`).
 LOOK_AGAIN = 0.05
 
-#: Seconds in the queue after which a turn is handed to whoever waits, at most so often. Until then it is the turn of
-#: whoever comes first: a thread that runs does many statements in the time that it takes to wake another one. But that
-#: one must not come too late for ever.
-PATIENCE = 0.002
+#: Seconds in the queue after which a session that becomes free is kept for whoever waits, at most so often; and for how
+#: long. Until then it is the turn of whoever comes first: a thread that runs does many statements in the time
+#: that it takes to wake another one. But that one must not come too late for ever; and it may not come at all, since
+#: its thread is in a signal's handler, or its event loop busy.
+PATIENCE, KEPT = 0.002, 0.02
 
 
 class SessionPool:
@@ -50,9 +51,9 @@ class SessionPool:
         #: Who waits for a turn, the first first: on this session, or (None) on one that serves these numbers and name;
         #: and since when.
         self._queue: dict[Borrower, tuple[LockSession | None, Sequence[int], str, float]] = {}
-        #: Whose turn began while it waited, until it knows; and when that was last.
-        self._handed: dict[Borrower, LockSession] = {}
-        self._handed_at = 0.0
+        #: For whom a session is kept, and until when; and when that began last.
+        self._kept_for: dict[LockSession, tuple[Borrower, float]] = {}
+        self._kept_at = 0.0
         # Re-entrant: the collector may come while this thread is in here.
         self.mutex = threading.RLock()
 
@@ -75,7 +76,7 @@ class SessionPool:
         try:
             while True:
                 with self.mutex:
-                    session = self._handed.pop(borrower, None) or self._pick(borrower, numbers, name, empty=empty)
+                    session = self._pick(borrower, numbers, name, empty=empty)
                     if session is not None:
                         return session
                     if empty or self._may_open(borrower, numbers, name):
@@ -92,7 +93,7 @@ class SessionPool:
             return fresh
         finally:
             self._opening.discard(borrower)
-            self._leave_queue(borrower)
+            self._queue.pop(borrower, None)
 
     def lend_at_once(self, borrower: Borrower, numbers: Sequence[int], name: str) -> LockSession | None:
         """Give `borrower` a session that nobody uses now and that holds none of `numbers`; None: `lend` must."""
@@ -104,7 +105,7 @@ class SessionPool:
     def take_at_once(self, borrower: Borrower, session: LockSession) -> bool:
         """Begin the turn of `borrower` on `session`, if nobody uses it; False: `take` must."""
         with self.mutex:
-            if session.user is not None or session.dead:
+            if session.user is not None or session.dead or self._is_kept_from(borrower, session):
                 return False
             borrower.session = session
             session.user = borrower
@@ -120,16 +121,12 @@ class SessionPool:
         try:
             while not session.dead:
                 self._queue[borrower] = (session, (), "", since)  # first, or the end of the other's turn may be missed
-                if self._handed.pop(borrower, None) or self.take_at_once(borrower, session):
+                if self.take_at_once(borrower, session):
                     return
                 yield from self._turn(borrower, until)
         finally:
-            self._leave_queue(borrower)
+            self._queue.pop(borrower, None)
         raise ServerGoneError("the session was cut")
-
-    def _leave_queue(self, borrower: Borrower) -> None:
-        self._queue.pop(borrower, None)
-        self._handed.pop(borrower, None)
 
     @staticmethod
     def _turn(borrower: Borrower, until: float) -> Steps[None]:
@@ -165,27 +162,37 @@ class SessionPool:
 
     def _call_next(self, session: LockSession) -> None:
         now = session.used_at
+        expected = [waiting for waiting, until in self._kept_for.values() if now < until]
         for waiting, (wanted, numbers, name, since) in tuple(self._queue.items()):
+            if waiting.home is not None and not waiting.home.is_running():
+                if waiting.home.is_closed():  # its task never goes on
+                    self._queue.pop(waiting, None)
+                continue
+            if waiting in expected:
+                continue
             if wanted is session or (wanted is None and _serves(session, waiting, numbers, name)):
-                awake = waiting.home is None or waiting.home.is_running()
-                if awake and now - max(since, self._handed_at) > PATIENCE:
-                    self._handed_at = now
-                    self._handed[waiting] = session
-                    self._begin(waiting, session)
+                if now - max(since, self._kept_at) > PATIENCE:
+                    self._kept_at = now
+                    self._kept_for[session] = (waiting, now + KEPT)
                 waiting.gate.open()
                 return
 
-    @staticmethod
-    def _begin(borrower: Borrower, session: LockSession) -> None:
-        borrower.session = session
-        session.user = borrower
-        session.home = borrower.home
+    def _is_kept_from(self, borrower: Borrower, session: LockSession) -> bool:
+        """Say whether `session` is kept for another one, who waits still."""
+        if session not in self._kept_for:
+            return False
+        waiting, until = self._kept_for[session]
+        if waiting is not borrower and waiting in self._queue and time.monotonic() < until:
+            return True
+        del self._kept_for[session]
+        return False
 
     def forget(self, session: LockSession) -> None:
         """Close a session that is of no more use, and tell the owners of what it held."""
         with self.mutex:
             held, session.held = session.held, {}
             session.dead = True
+            self._kept_for.pop(session, None)
             if session in self.sessions:
                 self.sessions.remove(session)
             if session.user is None:
@@ -221,8 +228,15 @@ class SessionPool:
 
     def _pick(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> LockSession | None:
         for session in self.sessions:
-            if session.user is None and not (empty and session.held) and _serves(session, borrower, numbers, name):
-                self._begin(borrower, session)
+            if (
+                session.user is None
+                and not (empty and session.held)
+                and _serves(session, borrower, numbers, name)
+                and not self._is_kept_from(borrower, session)
+            ):
+                borrower.session = session
+                session.user = borrower
+                session.home = borrower.home
                 return session
         return None
 

@@ -14,15 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from concurrency_safe import HeldLock, LockCapacityError, configure, lock
+from concurrency_safe import HeldLock, LockCapacityError, configure, lock, spaces
 from concurrency_safe.core.keys import lock_key
-from concurrency_safe.core.sessions import StoreOptions
+from concurrency_safe.core.sessions import Request, StoreOptions
 from concurrency_safe.core.steps import READ, SocketWait
 from concurrency_safe.locks import _kept
-from concurrency_safe.ownership import Footing
+from concurrency_safe.ownership import Footing, Owner, Ownership
 from concurrency_safe.postgres import loop
 from concurrency_safe.postgres import pool as pools
 from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.waiting import drive
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
 from tests.integration.test_shared_sessions import going_on
@@ -89,35 +90,112 @@ def test_who_waits_for_a_session_gets_it_from_those_who_come_again_and_again(dsn
             one.join()
 
 
-def test_a_turn_is_handed_to_nobody_whose_loop_stands_still(backend: PostgresBackend) -> None:
-    first, asleep = Footing(None), Footing(None, asyncio.new_event_loop())
+def waits(backend: PostgresBackend, session: LockSession, footing: Footing) -> None:
+    """Let `footing` have waited for `session` for long."""
+    backend.pool._queue[footing] = (session, (), "", 0.0)
+
+
+def test_a_session_is_kept_for_who_has_waited_and_not_for_long(
+    backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "KEPT", LIMIT)
+    first, waiting, late = Footing(None), Footing(None), Footing(None)
     session = drive(backend.pool.lend(first, (1,), "", empty=False))
-    backend.pool._queue[asleep] = (session, (), "", 0.0)
+    waits(backend, session, waiting)
+    drive(backend.pool.free(first))
+
+    assert backend.pool.lend_at_once(late, (2,), "") is None
+    assert not backend.pool.take_at_once(late, session)
+    assert session.user is None  # nothing is lost where the one that waits is interrupted now
+    assert backend.pool.take_at_once(waiting, session)
+    del backend.pool._queue[waiting]
+    drive(backend.pool.free(waiting))
+
+    for how in ("its time is over", "it has left"):
+        waits(backend, session, waiting)
+        monkeypatch.setattr(pools, "KEPT", 0.0 if how == "its time is over" else LIMIT)
+        backend.pool._kept_at = 0.0
+        assert backend.pool.take_at_once(first, session)
+        drive(backend.pool.free(first))
+        assert session in backend.pool._kept_for
+        if how == "it has left":
+            del backend.pool._queue[waiting]
+        assert backend.pool.lend_at_once(late, (2,), "") is session
+        drive(backend.pool.free(late))
+
+
+@pytest.mark.parametrize("state", ["stopped", "closed"])
+def test_no_session_is_kept_for_a_task_whose_loop_stands_still(backend: PostgresBackend, state: str) -> None:
+    first, awake, asleep = Footing(None), Footing(None), Footing(None, asyncio.new_event_loop())
+    assert asleep.home is not None
+    if state == "closed":
+        asleep.home.close()
+    session = drive(backend.pool.lend(first, (1,), "", empty=False))
+    waits(backend, session, asleep)
+    waits(backend, session, awake)
 
     drive(backend.pool.free(first))
 
-    assert session.user is None
-    del backend.pool._queue[asleep]
-    assert asleep.home is not None
+    assert backend.pool._kept_for[session][0] is awake
+    assert (asleep in backend.pool._queue) == (state == "stopped")
+    backend.pool._queue.clear()
     asleep.home.close()
 
 
-def test_a_turn_that_was_handed_over_ends_with_whoever_is_interrupted(
-    backend: PostgresBackend, store: LockStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_sessions_are_kept_for_two(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not both for the first, who needs one."""
     monkeypatch.setattr(pools, "PATIENCE", -1.0)
+    backend = PostgresBackend(dsn, StoreOptions(pool_size=2))
+    users = Footing(None), Footing(None)
+    sessions = [drive(backend.pool.lend(user, (1,), "", empty=False)) for user in users]
     first, second = Footing(None), Footing(None)
-    session = drive(backend.pool.lend(first, (1,), "", empty=False))
-    waiting = backend.pool.lend(second, (2,), "", empty=False)
-    next(waiting)
-    drive(backend.pool.free(first))
-    assert session.user is second
+    for waiting in (first, second):
+        backend.pool._queue[waiting] = (None, (2,), "", 0.0)
+    for user in users:
+        drive(backend.pool.free(user))
 
-    with pytest.raises(KeyboardInterrupt):
-        waiting.throw(KeyboardInterrupt)
-    drive(backend.undo(second, ()))
+    assert [backend.pool._kept_for[one][0] for one in sessions] == [first, second]
+    backend.pool._queue.clear()
+    backend.close()
+    assert backend.pool._kept_for == {}
 
-    wait_for(lambda: session.user is None and session.dead and store.sessions() == 0)
+
+def test_threads_that_never_rest_leave_no_session_and_no_lock(dsn: str, store: LockStore) -> None:
+    over, failed = threading.Event(), list[BaseException]()
+
+    def work(number: int) -> None:
+        try:
+            while not over.is_set():
+                with lock(f"key-{number}", timeout=None):
+                    pass
+        except BaseException as error:  # noqa: BLE001 - shown below
+            failed.append(error)
+
+    crew = [threading.Thread(target=work, args=(number,)) for number in range(24)]
+    for one in crew:
+        one.start()
+    over.wait(3)
+    over.set()
+    for one in crew:
+        one.join()
+
+    assert failed == []
+    assert store.rows() == 0
+    (space,) = [space for space in spaces._spaces.values() if space.backend.pool.sessions]  # type: ignore[attr-defined]
+    pool = space.backend.pool  # type: ignore[attr-defined]
+    assert [session for session in pool.sessions if session.user or session.held or session.debts] == []
+    assert pool._queue == {}
+    assert space.claims._held == set()
+
+
+def test_a_task_of_a_closed_loop_takes_no_part_of_max_held() -> None:
+    claims, home = Ownership(1), asyncio.new_event_loop()
+    asleep = Footing(None, home)
+    assert claims.enter_alone(asleep, Request((lock_key("one"),)), Owner(asleep, None))
+    home.close()
+
+    awake = Footing(None)
+    assert drive(claims.enter(awake, Request((lock_key("two"),)), Owner(awake, None))) is None
 
 
 @pytest.mark.parametrize("place", ["claims", "sessions"])
