@@ -252,6 +252,7 @@ class PostgresBackend:
 
         A session that holds nothing else is closed; one that does is cleaned, or closed when that fails.
         """
+        self.pool.leave(borrower)
         session: LockSession | None = borrower.session
         if session is not None and session.user is borrower:
             yield from self._clean(borrower)

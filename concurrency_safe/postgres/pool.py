@@ -92,8 +92,7 @@ class SessionPool:
                 self.sessions.append(fresh)
             return fresh
         finally:
-            self._opening.discard(borrower)
-            self._queue.pop(borrower, None)
+            self.leave(borrower)
 
     def lend_at_once(self, borrower: Borrower, numbers: Sequence[int], name: str) -> LockSession | None:
         """Give `borrower` a session that nobody uses now and that holds none of `numbers`; None: `lend` must."""
@@ -125,8 +124,13 @@ class SessionPool:
                     return
                 yield from self._turn(borrower, until)
         finally:
-            self._queue.pop(borrower, None)
+            self.leave(borrower)
         raise ServerGoneError("the session was cut")
+
+    def leave(self, borrower: Borrower) -> None:
+        """Wait for nothing any more. Twice is the same as once, since an interrupt may come between the two lines."""
+        self._opening.discard(borrower)
+        self._queue.pop(borrower, None)
 
     @staticmethod
     def _turn(borrower: Borrower, until: float) -> Steps[None]:

@@ -16,7 +16,7 @@ import pytest
 
 from concurrency_safe import HeldLock, LockCapacityError, configure, lock, spaces
 from concurrency_safe.core.keys import lock_key
-from concurrency_safe.core.sessions import Request, StoreOptions
+from concurrency_safe.core.sessions import Borrower, Request, StoreOptions
 from concurrency_safe.core.steps import READ, SocketWait
 from concurrency_safe.locks import _kept
 from concurrency_safe.ownership import Footing, Owner, Ownership
@@ -140,6 +140,34 @@ def test_no_session_is_kept_for_a_task_whose_loop_stands_still(backend: Postgres
     assert (asleep in backend.pool._queue) == (state == "stopped")
     backend.pool._queue.clear()
     asleep.home.close()
+
+
+def test_an_interrupt_as_a_wait_for_a_session_ends_leaves_no_place_in_the_queue(backend: PostgresBackend) -> None:
+    class Interrupted(set[Borrower]):
+        """Is interrupted once, as somebody leaves."""
+
+        hits = 0
+
+        def discard(self, borrower: object) -> None:
+            self.hits += 1
+            if self.hits == 1:
+                raise KeyboardInterrupt
+            super().discard(borrower)
+
+    first, second = Footing(None), Footing(None)
+    drive(backend.pool.lend(first, (1,), "", empty=False))
+    waiting = backend.pool.lend(second, (2,), "", empty=False)
+    next(waiting)
+    backend.pool._opening = Interrupted({second})
+    with pytest.raises(KeyboardInterrupt):
+        waiting.close()
+    assert second in backend.pool._queue
+
+    drive(backend.undo(second, ()))
+
+    assert backend.pool._queue == {}
+    assert backend.pool._opening == set()
+    drive(backend.pool.free(first))
 
 
 def test_two_sessions_are_kept_for_two(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
