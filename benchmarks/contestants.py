@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
     `make`: takes locks, also in many threads and processes; `pairs`: takes one in a way of its own. `django`: it needs
     Django set up; `python`: the interpreter; `first`: where its modules are looked for before ours; `redis`: it is no
-    PostgreSQL's.
+    PostgreSQL's; `beside`: whose process it shares, so that what the processes differ in does not tell them apart.
     """
 
     make: Make | None = None
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
     python: Path = Path(sys.executable)
     first: Path | None = None
     redis: bool = False
+    beside: str | None = None
 
 
 YARDSTICK, OURS = "psycopg, prepared pair", "with lock(...)"
@@ -48,9 +49,9 @@ CONTESTANTS: dict[str, Entry] = {
     YARDSTICK: Entry(yardsticks.psycopg_lock, yardsticks.psycopg_pairs),
     "libpq alone": Entry(pairs=yardsticks.libpq_pairs),
     OURS: Entry(yardsticks.ours, django=True),
-    DECORATED: Entry(pairs=yardsticks.decorated_pairs, django=True),
-    ASYNC: Entry(pairs=yardsticks.async_pairs, django=True),
-    TRANSACTION: Entry(pairs=yardsticks.transaction_pairs, django=True),
+    DECORATED: Entry(pairs=yardsticks.decorated_pairs, beside=OURS),
+    ASYNC: Entry(pairs=yardsticks.async_pairs, beside=OURS),
+    TRANSACTION: Entry(pairs=yardsticks.transaction_pairs, beside=OURS),
     "predecessor 0.0.2": Entry(rivals.predecessor, django=True, first=PREDECESSOR),
     "django-pglock": Entry(rivals.django_pglock, django=True),
     "django-pglock, transaction": Entry(pairs=rivals.django_pglock_transaction, django=True),
@@ -71,12 +72,14 @@ LOCKS = [name for name, entry in CONTESTANTS.items() if entry.make is not None]
 class Contestant:
     """The process of one contestant, as the benchmark sees it; what it can be asked is in `benchmarks.stage`."""
 
-    def __init__(self, name: str, place: Place) -> None:
-        """Start it; `is_there` says whether it can be had."""
+    def __init__(self, name: str, place: Place, beside: Contestant | None = None) -> None:
+        """Start it, or share the process of `beside`; `is_there` says whether it can be had."""
         python = CONTESTANTS[name].python
         self.name = name
         self._process: subprocess.Popen[str] | None = None
-        if python.exists():
+        if beside is not None:
+            self._process = beside.process
+        elif python.exists():
             self._process = subprocess.Popen(
                 [str(python), "-m", "benchmarks.stage", name, json.dumps(place)],
                 stdin=subprocess.PIPE,
@@ -116,10 +119,15 @@ class Contestant:
         self.tell(command, *arguments)
         return self.hear()
 
+    def pairs(self, pairs: int) -> list[int]:
+        """Let it take and release its lock so many times; give the nanoseconds of each."""
+        taken: list[int] = self.ask("pairs", self.name, pairs)
+        return taken
+
     def close(self) -> None:
         """End it."""
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and CONTESTANTS[self.name].beside is None:
             process.communicate()
 
 
@@ -129,7 +137,7 @@ def contestants(names: Iterable[str], place: Place) -> Iterator[dict[str, Contes
     running: dict[str, Contestant] = {}
     try:
         for name in names:
-            one = Contestant(name, place)
+            one = Contestant(name, place, running.get(CONTESTANTS[name].beside or ""))
             if one.is_there:
                 running[name] = one
         yield running

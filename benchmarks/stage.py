@@ -35,9 +35,12 @@ class Stage:
         if entry.django:
             use_django(place.dsn)
         self._place = place
-        self._pairs: Pairs | None = None if entry.pairs is None else entry.pairs(place)
+        self._pairs: dict[str, Pairs] = {}
         self._make = entry.make
         self._stack = stack
+        for each, one in CONTESTANTS.items():
+            if one.pairs is not None and name in (each, one.beside):
+                self._pairs[each] = one.pairs(place)
         if entry.make is not None:
             with ExitStack() as trial:  # it is found missing now, or never
                 entry.make(place, trial).brief(KEY)
@@ -50,11 +53,11 @@ class Stage:
         assert self._make is not None  # noqa: S101 - the benchmark asks `LOCKS` alone
         return self._make
 
-    def pairs(self, pairs: int) -> list[int]:
+    def pairs(self, name: str, pairs: int) -> list[int]:
         """Take and release the lock, which nobody else wants; give the nanoseconds of each."""
-        if self._pairs is None:
-            self._pairs = _sampled(self.make(self._place, self._stack))
-        return self._pairs(pairs)
+        if name not in self._pairs:
+            self._pairs[name] = _sampled(self.make(self._place, self._stack))
+        return self._pairs[name](pairs)
 
     def hold_others(self, held: int) -> int:
         """Take so many other locks of ours, in place of those taken before."""

@@ -58,7 +58,7 @@ def beside(place: Place, rounds: int) -> dict[int, float]:
     found: dict[int, list[float]] = {held: [] for held in HELD}
     for _, held in itertools.product(range(rounds), HELD):
         one.ask("hold_others", held)
-        found[held].append(statistics.median(one.ask("pairs", 200)) / 1000)
+        found[held].append(statistics.median(one.pairs(200)) / 1000)
     one.close()
     return {held: statistics.median(costs) for held, costs in found.items()}
 

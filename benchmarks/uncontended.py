@@ -2,7 +2,7 @@
 
     python -m benchmarks.uncontended [--rounds 20] [--pairs 200] [--held 1000] [--docs FOLDER]
 
-Each contestant is a process, and they take turns; the ratios are medians of those of each turn, to a prepared try and
+Each contestant is a process (ours share one), and they take turns; the ratios are medians of those of each turn, to a prepared try and
 unlock on one psycopg connection with autocommit. PostgreSQL is asked over its Unix socket (the last table: over TCP),
 Valkey over TCP. The client is bound to one processor and the server to another; then both to one; then, in several
 starts of all processes, to none: a wake-up across processors is most of the time where the client sleeps, and left to
@@ -36,11 +36,11 @@ MINE = (OURS, DECORATED, ASYNC, TRANSACTION)
 def turns(running: Mapping[str, Contestant], rounds: int, pairs: int) -> Samples:
     """Let each of `running` take its turn, `rounds` times."""
     for one in running.values():
-        one.ask("pairs", pairs)  # connections are made, statements prepared
+        one.pairs(pairs)  # connections are made, statements prepared
     seen: Samples = {name: [] for name in running}
     for _ in range(rounds):
         for name, one in running.items():
-            seen[name].append(one.ask("pairs", pairs))
+            seen[name].append(one.pairs(pairs))
     return seen
 
 
@@ -94,9 +94,9 @@ def beside_held(one: Contestant, held: int, rounds: int, pairs: int) -> float:
     found: list[float] = []
     for _ in range(rounds):
         one.ask("hold_others", 0)
-        alone = statistics.median(one.ask("pairs", pairs))
+        alone = statistics.median(one.pairs(pairs))
         one.ask("hold_others", held)
-        found.append(statistics.median(one.ask("pairs", pairs)) / alone)
+        found.append(statistics.median(one.pairs(pairs)) / alone)
     one.ask("hold_others", 0)
     return statistics.median(found)
 
@@ -108,9 +108,9 @@ def statements(
     client = redis.Redis.from_url(valkey.url)
     with logged_statements(server):
         for name, one in running.items():
-            one.ask("pairs", 1)
+            one.pairs(1)
             before = asked(server, client, name)
-            one.ask("pairs", pairs)
+            one.pairs(pairs)
             yield f"{name} | {(asked(server, client, name) - before) / pairs:.1f}"
 
 
