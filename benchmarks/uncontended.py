@@ -2,12 +2,12 @@
 
     python -m benchmarks.uncontended [--rounds 20] [--pairs 200] [--held 1000] [--docs FOLDER]
 
-Each contestant is a process (ours share one), and they take turns; the ratios are medians of those of each turn, to a prepared try and
-unlock on one psycopg connection with autocommit. PostgreSQL is asked over its Unix socket (the last table: over TCP),
-Valkey over TCP. The client is bound to one processor and the server to another; then both to one; then, in several
-starts of all processes, to none: a wake-up across processors is most of the time where the client sleeps, and left to
-the system it is one or the other for long. Then: what a lock costs while its process holds others, and how many
-statements a lock takes, by the server's log.
+Each contestant is a process (ours share one), and they take turns; the ratios are medians of those of each turn, to a
+prepared try and unlock on one psycopg connection with autocommit. PostgreSQL is asked over its Unix socket (the last
+table: over TCP), Valkey over TCP. The client is bound to one processor and the server to another; then both to one;
+then, in several starts of all processes, to none: a wake-up across processors is most of the time where the client
+sleeps, and left to the system it is one or the other for long. Then: what a lock costs while its process holds others,
+and how many statements a lock takes, by the server's log.
 """
 
 from __future__ import annotations
