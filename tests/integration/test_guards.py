@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -153,3 +154,13 @@ def test_a_conflict_of_the_work_itself_is_its_own() -> None:
 
     with pytest.raises(LockAcquireTimeout, match="of the body"):
         guard.run_once("one", run, lambda _: pytest.fail("no copy"), (), {}, DIRECT)
+
+
+def test_a_conflict_of_a_coroutines_work_itself_is_its_own() -> None:
+    guard = Guard("gpu", slots=2, backend=MemoryBackend())
+
+    async def run() -> None:
+        raise LockAcquireTimeout("of the body")
+
+    with pytest.raises(LockAcquireTimeout, match="of the body"):
+        asyncio.run(guard.arun_once("one", run, lambda _: pytest.fail("no copy"), (), {}, DIRECT))
