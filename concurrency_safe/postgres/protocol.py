@@ -32,7 +32,7 @@ STALL = 10.0
 GRACE = 1.0
 
 #: Seconds for which an answer is looked for before the wait for it begins, where the last one came within `BRISK`.
-#: Measured (docs/decisions/0014-look-before-sleep.md): a pair of statements takes 43 us so, and 142 without.
+#: Measured (docs/decisions/0015-look-before-sleep.md): a pair of statements takes 43 us so, and 142 without.
 SPIN = 50e-6
 BRISK = 150e-6
 
