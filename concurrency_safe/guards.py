@@ -219,14 +219,12 @@ class Guard:
         kwargs: Mapping[str, Any],
         verbs: Verbs,
     ) -> Any:
-        """Call `run`, which calls `run_as`; where the lock admits several, never two of them for one `work`.
+        """Call `run`, which calls `run_as`, never two of them for one `work`: for a guard that admits several.
 
         A queue delivers a message twice at times: two copies of it must not be two holders. `work`: the message's id;
         `met`: what a copy does that meets the other.
         """
         lock = self._lock_of_work(work)
-        if lock is None:
-            return run()
         try:
             with lock:
                 return run()
@@ -235,10 +233,13 @@ class Guard:
                 raise
             return met(error) if isinstance(error, LockAcquireTimeout) else self._resolve(error, args, kwargs, verbs)
 
-    def _lock_of_work(self, work: str) -> Lock | None:
-        """Give the lock that keeps `work` from meeting itself; None: the guard's own lock does that."""
-        if not self.shared and self.slots == 1:
-            return None
+    @property
+    def admits_several(self) -> bool:
+        """Whether the key may have several holders at once."""
+        return self.shared or self.slots > 1
+
+    def _lock_of_work(self, work: str) -> Lock:
+        """Give the lock that keeps `work` from meeting itself, where the guard's own doesn't."""
         options = replace(self.options, timeout=0, shared=False, slots=1, max_waiters=None)
         return Lock((("concurrency_safe", work),), options)
 
@@ -273,8 +274,6 @@ class Guard:
     ) -> Any:
         """Call `run`, which calls `arun_as`; never two of them for one `work`. See `run_once`."""
         lock = self._lock_of_work(work)
-        if lock is None:
-            return await run()
         try:
             async with lock:
                 return await run()

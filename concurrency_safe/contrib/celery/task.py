@@ -89,9 +89,9 @@ class ConcurrencySafeMixin:
         verbs = DIRECT if request.is_eager else Verbs(self._retry, self._skip, self._defer_copy)
         token = current_work.set(request.id)
         try:
+            if verbs is DIRECT or not guard.admits_several:
+                return guard.run_as(template, self._run_once, args, kwargs, verbs)
             run = partial(guard.run_as, template, self._run_once, args, kwargs, verbs)
-            if verbs is DIRECT:
-                return run()
             return guard.run_once(request.id, run, lambda _: requeue.duplicate(task), args, kwargs, verbs)
         finally:
             current_work.reset(token)

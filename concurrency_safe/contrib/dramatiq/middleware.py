@@ -7,10 +7,9 @@ logs what a hook raises, and runs the actor all the same.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
 
 from concurrency_safe import instrumentation
 from concurrency_safe.contrib.dramatiq import options, outcomes, requeue
+from concurrency_safe.contrib.dramatiq.outcomes import Delivery
 from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.policies import Retry, Skip
 from concurrency_safe.core.templates import KeyTemplate
@@ -137,9 +137,9 @@ class ConcurrencySafeMiddleware(Middleware):
         if any(actor.queue_name == queue and _comes_back(actor) for actor in broker.actors.values()):
             thread.worker_timeout = min(thread.worker_timeout, LOOK)
 
-    def before_ack(self, broker: Any, message: Any) -> None:
+    def before_ack(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Note that whatever goes on from the message was told."""
-        outcomes.note_told(broker, message)
+        outcomes.note_told(message)
 
     def after_worker_shutdown(self, broker: Any, worker: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Close the sessions."""
@@ -236,7 +236,7 @@ class _Body:
     def _call_directly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._declared is None:
             return self._fn(*args, **kwargs)
-        return self._call(self._declared, args, kwargs, DIRECT)
+        return self._call(self._declared, self._inner if self._is_async else self._fn, args, kwargs, DIRECT)
 
     def guarded_inner(self) -> Callable[..., Any] | None:
         """Give the `async def`, guarded as by a direct call; None: it is none."""
@@ -253,16 +253,18 @@ class _Body:
         return guarded
 
     def _process(self, message: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        declared = self._declared
         given = options.of_message(self.actor, message, self._foreign)
-        options_now = {**self._options, **given}
-        declared = options.build(self.actor, self._inner, options_now) if given else self._declared
+        if given:
+            declared = options.build(self.actor, self._inner, {**self._options, **given})
         if declared is None:
             return self._fn(*args, **kwargs)
-        work, events = current_work.set(message.message_id), instrumentation.conflicts.set([])
+        delivery = Delivery(self._broker, message)
+        work, events = current_work.set(delivery.work), instrumentation.conflicts.set([])
         try:
-            result = self._attempt(declared, message, args, kwargs)
+            result = self._attempt(declared, message, delivery, args, kwargs)
         finally:
-            self._calm(message)
+            self._calm(message, delivery)
             instrumentation.conflicts.reset(events)
             current_work.reset(work)
         if isinstance(result, _Skipped):
@@ -270,20 +272,26 @@ class _Body:
             who = message.message_id, message.actor_name
             logger.info("message %s of actor %s was skipped: %s", *who, result.conflict)
             result = result.policy.result
-        outcomes.has_run(self._broker, message, result)
+        delivery.has_run(result)
         return result
 
     def _attempt(
-        self, declared: tuple[Guard, KeyTemplate], message: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        declared: tuple[Guard, KeyTemplate],
+        message: Any,
+        delivery: Delivery,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
         """Run the body, or end this delivery without it.
 
         Raises: PutBack, PutBackFailed, ConflictBudgetSpent, StoreBudgetSpent; what the body and the policy raise.
         """
-        meet = partial(self._ameet if self._is_async else self._meet, message, declared[0])
+        meet = partial(_ameet if self._is_async else _meet, message, delivery, declared[0])
+        body = self._abody(delivery) if self._is_async else self._body(message, delivery)
         end: Callable[[], Any]
         try:
-            return self._call(declared, args, kwargs, Verbs(_postpone, _Skipped, meet), message)
+            return self._call(declared, body, args, kwargs, Verbs(_postpone, _Skipped, meet), delivery.work)
         except _Postponed as postponed:
             end = partial(requeue.later, self._broker, message, postponed.policy, postponed.error)
         except _MetItself as met:
@@ -295,116 +303,117 @@ class _Body:
         except outcomes.HasRun as earlier:
             end = partial(requeue.drop, message) if earlier.told else partial(_go_on, message, earlier.result)
         except BaseException as error:
-            self._calm(message)
-            outcomes.take_back(self._broker, message, error)
+            self._calm(message, delivery)
+            delivery.take_back(error)
             raise
-        self._calm(message)
+        self._calm(message, delivery)
         return end()
 
-    def _calm(self, message: Any) -> None:
+    def _calm(self, message: Any, delivery: Delivery) -> None:
         """Let nothing interrupt what comes now; then tell of conflicts."""
-        self._disarm(message)
-        waiting, told = instrumentation.conflicts.get() or [], instrumentation.conflicts.set(None)
-        while waiting:
-            instrumentation.emit(waiting.pop(0))
-        instrumentation.conflicts.reset(told)
+        self._disarm(message, delivery)
+        waiting = instrumentation.conflicts.get()
+        if waiting:
+            told = instrumentation.conflicts.set(None)
+            while waiting:
+                instrumentation.emit(waiting.pop(0))
+            instrumentation.conflicts.reset(told)
 
     def _call(
         self,
         declared: tuple[Guard, KeyTemplate],
+        body: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         verbs: Verbs,
-        message: Any = None,
+        work: str | None = None,
     ) -> Any:
-        """Run the body guarded. `message`: what it runs for; None: a direct call."""
+        """Run `body` guarded. `work`: the message's id; None: a direct call."""
         guard, template = declared
-        body = self._abody if self._is_async else self._body
-        run = partial(guard.arun_as if self._is_async else guard.run_as, template, body(message), args, kwargs, verbs)
-        if message is not None:
-            once = guard.arun_once if self._is_async else guard.run_once
-            run = partial(once, message.message_id, run, _met, args, kwargs, verbs)
+        run = partial(guard.arun_as if self._is_async else guard.run_as, template, body, args, kwargs, verbs)
+        if work is not None and guard.admits_several:
+            run = partial(guard.arun_once if self._is_async else guard.run_once, work, run, _met, args, kwargs, verbs)
         return _in_loop(run) if self._is_async else run()
 
-    def _body(self, message: Any) -> Callable[..., Any]:
+    def _body(self, message: Any, delivery: Delivery) -> Callable[..., Any]:
         """Give the body for `message`: a copy may have run already, and the next one has to know."""
-        if message is None:
-            return self._fn
 
         def body(*args: Any, **kwargs: Any) -> Any:
-            self._refuse_second_run(message)
-            with _to_itself(message):
+            delivery.refuse_second_run()
+            with _ToItself(delivery.options):
                 result = self._fn(*args, **kwargs)
-            failure = outcomes.note_run(self._broker, message, result)  # which a time limit may end: results can hang
-            self._disarm(message)
-            outcomes.tell_unnoted(message, failure)
+            failure = delivery.note_run(result)  # which a time limit may end: results can hang
+            self._disarm(message, delivery)
+            delivery.tell_unnoted(failure)
             return result
 
         return body
 
-    def _abody(self, message: Any) -> Callable[..., Any]:
+    def _abody(self, delivery: Delivery) -> Callable[..., Any]:
         """Do the same for an `async def`, whose loop must not wait for the results."""
-        if message is None:
-            return self._inner
 
         async def body(*args: Any, **kwargs: Any) -> Any:
-            if self._may_have_run(message):
-                await call(partial(self._refuse_second_run, message))
-            with _to_itself(message):
+            if delivery.may_have_run:
+                await call(delivery.refuse_second_run)
+            with _ToItself(delivery.options):
                 result = await self._inner(*args, **kwargs)
             # Where it was cancelled Dramatiq has given it up, and tries again.
-            if outcomes.has_results(self._broker, message) and not _is_cancelled():
-                outcomes.tell_unnoted(message, await call(partial(outcomes.note_run, self._broker, message, result)))
+            if delivery.has_result and not _is_cancelled():
+                delivery.tell_unnoted(await call(partial(delivery.note_run, result)))
             return result
 
         return body
 
-    def _meet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
-        """Never skip or fail for a conflict with oneself, nor when the message has run already.
-
-        An unknown holder may be oneself, unless the broker knows better.
-        """
-        self._refuse_second_run(message)
-        itself = describe_work(message.message_id) in (conflict.holder or "")
-        unknown = conflict.holder is None and requeue.is_redelivered(message) is not False
-        if itself or (unknown and not isinstance(guard.policy, Retry)):
-            raise _MetItself(conflict)
-
-    async def _ameet(self, message: Any, guard: Guard, conflict: LockAcquireTimeout) -> None:
-        """Do the same where the loop must not wait for the results."""
-        meet = partial(self._meet, message, guard, conflict)
-        await call(meet) if self._may_have_run(message) else meet()
-
-    def _may_have_run(self, message: Any) -> bool:
-        """Say whether the results have to be asked about `message`."""
-        return requeue.may_be_copy(message) and outcomes.has_results(self._broker, message)
-
-    def _refuse_second_run(self, message: Any) -> None:
-        if self._may_have_run(message):
-            outcomes.refuse_second_run(self._broker, message, certain=requeue.is_copy(message))
-
-    def _disarm(self, message: Any) -> None:
+    def _disarm(self, message: Any, delivery: Delivery) -> None:
         """Let nothing interrupt what comes after the body, or after the wait in vain.
 
         An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445); in a call of
         `logging` it would leave a lock of the log's. Once the body has ended, time limits and shutdown notices have
         nothing left to end: the release has a time limit of its own.
         """
+        if delivery.is_undisturbed:
+            return
         for one in self._broker.middleware:
             if isinstance(one, (TimeLimit, ShutdownNotifications)):
                 hooks: Any = one
                 hooks.after_process_message(self._broker, message)
+        delivery.is_undisturbed = True
 
 
-@contextlib.contextmanager
-def _to_itself(message: Any) -> Iterator[None]:
-    """Leave the body to itself: it neither sees our options, nor do its own conflicts wait."""
-    events = instrumentation.conflicts.set(None)
-    try:
-        with requeue.hidden_options(message):
-            yield
-    finally:
-        instrumentation.conflicts.reset(events)
+def _meet(message: Any, delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:
+    """Never skip or fail for a conflict with oneself, nor when the message has run already.
+
+    An unknown holder may be oneself, unless the broker knows better.
+    """
+    delivery.refuse_second_run()
+    itself = describe_work(delivery.work) in (conflict.holder or "")
+    unknown = conflict.holder is None and requeue.is_redelivered(message) is not False
+    if itself or (unknown and not isinstance(guard.policy, Retry)):
+        raise _MetItself(conflict)
+
+
+async def _ameet(message: Any, delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:
+    """Do the same where the loop must not wait for the results."""
+    meet = partial(_meet, message, delivery, guard, conflict)
+    await call(meet) if delivery.may_have_run else meet()
+
+
+class _ToItself:
+    """Leaves the body to itself: it neither sees our options, nor do its own conflicts wait."""
+
+    __slots__ = ("_events", "_hidden", "_options")
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._hidden: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self._events = instrumentation.conflicts.set(None)
+        self._hidden = requeue.hide_options(self._options)
+
+    def __exit__(self, *_: object) -> None:
+        self._options.update(self._hidden)
+        instrumentation.conflicts.reset(self._events)
 
 
 def _in_loop(call: Callable[[], Awaitable[Any]]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from dramatiq import GenericActor
@@ -61,8 +62,7 @@ def of_message(actor: Any, message: Any, foreign: frozenset[str]) -> dict[str, A
 
     Raises: ActorOptionError.
     """
-    ours = {name for name in message.options if looks_like_ours(name) or name.lower() in MISTAKEN} - foreign
-    given = {name: message.options[name] for name in ours}
+    given = {name: value for name, value in message.options.items() if _is_meant_for_us(name) and name not in foreign}
     if not given:
         return given
     who = f"a message to actor {actor.actor_name}"
@@ -83,6 +83,11 @@ def of_message(actor: Any, message: Any, foreign: frozenset[str]) -> dict[str, A
     if isinstance(given.get("lock_key"), list):
         given["lock_key"] = tuple(given["lock_key"])
     return given
+
+
+@lru_cache(maxsize=256)
+def _is_meant_for_us(name: str) -> bool:
+    return looks_like_ours(name) or name.lower() in MISTAKEN
 
 
 def refuse_hidden_async(actor: Any, fn: Any, is_bridge: Callable[[object], bool]) -> None:

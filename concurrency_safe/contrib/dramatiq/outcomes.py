@@ -30,8 +30,8 @@ SETTLING, _LOOK = 1.0, 0.02
 #: What is noted: the body's result; that those who go on from the message were told.
 _RAN, _TOLD = "ran", "told"
 
-#: Attributes of a message: its body has run, in this delivery or an earlier one; this delivery has noted so.
-_HAS_RUN, _NOTED = "concurrency_safe_has_run", "concurrency_safe_noted"
+#: The delivery of this thread whose message has its result, and is not acknowledged yet.
+_ended: ContextVar[Delivery | None] = ContextVar("concurrency_safe_ended", default=None)
 
 #: Whether a middleware failed to do its part after this thread's message, as one does while the broker is away.
 _hook_failed: ContextVar[bool] = ContextVar("concurrency_safe_hook_failed", default=False)
@@ -64,71 +64,119 @@ class HasRun(Exception):
         self.told = told
 
 
-def refuse_second_run(broker: Any, message: Any, *, certain: bool) -> None:
-    """End a copy of a message that has run. `certain`: it is a copy; else it may be one, and runs when nobody knows.
+class Delivery:
+    """One delivery of a message: whether it has run before, and what becomes of it."""
 
-    Raises: HasRun, ResultsUnavailable.
-    """
-    results = _results(broker, message)
-    if results is None:
-        return
-    try:
-        result = _find(results.backend, _note(message, _RAN), 0.0)
-        if result is _MISSING:
+    __slots__ = ("_broker", "_is_noted", "_message", "_results", "is_undisturbed", "options", "work")
+
+    def __init__(self, broker: Any, message: Any) -> None:
+        """Look for the middleware that keeps results; nobody is asked yet."""
+        self._broker = broker
+        self._message = message
+        #: The message's id and options; read once, since a proxy gives them.
+        self.work: str = message.message_id
+        self.options: dict[str, Any] = message.options
+        self._results: Any = None
+        for one in broker.middleware:
+            if isinstance(one, Results):
+                self._results = one
+                break
+        self._is_noted = False
+        #: Whether Dramatiq has no reason left to interrupt it.
+        self.is_undisturbed = False
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the message's result is stored at all. A body, and our own end of a delivery, may change that."""
+        return self._results is not None and bool(self._option("store_results", self._results.store_results))
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether the results have to be asked."""
+        return self.has_result and requeue.may_be_copy(self._message)
+
+    def refuse_second_run(self) -> None:
+        """End a copy of a message that has run. Where it may be no copy, it runs when nobody knows.
+
+        Raises: HasRun, ResultsUnavailable.
+        """
+        if not self.may_have_run:
             return
-        until = time.monotonic() + _patience(broker, message)
-        # Whoever waits for the result is one more that goes on from the message.
-        awaited = [message, _note(message, _TOLD)] if _goes_on(broker, message) else [message]
-        told = all(_find(results.backend, one, until) is not _MISSING for one in awaited)
-    except Exception as error:
-        if not certain:
-            return
-        raise ResultsUnavailable(f"{type(error).__name__}: {error}") from error
-    raise HasRun(result, told)
-
-
-def has_results(broker: Any, message: Any) -> bool:
-    """Say whether the result of `message` is stored at all."""
-    return _results(broker, message) is not None
-
-
-def note_run(broker: Any, message: Any, result: Any) -> Exception | None:
-    """Note that the body of `message` has run; its lock is held.
-
-    Returns: why it could not be noted; then it is as without a guard, and the message may run a second time.
-    """
-    results = _results(broker, message)
-    if results is not None:
-        setattr(message, _NOTED, True)
+        message, backend = self._message, self._results.backend
         try:
-            results.backend.store_result(_note(message, _RAN), result, _ttl(broker, message, results))
-        except Exception as error:  # noqa: BLE001 - the body has run, and nothing may make that a failure
-            return error
-    return None
+            result = _find(backend, _note(message, _RAN), 0.0)
+            if result is _MISSING:
+                return
+            until = time.monotonic() + self._patience()
+            # Whoever waits for the result is one more that goes on from the message.
+            awaited = [message, _note(message, _TOLD)] if self._goes_on() else [message]
+            told = all(_find(backend, one, until) is not _MISSING for one in awaited)
+        except Exception as error:
+            if not requeue.is_copy(message):
+                return
+            raise ResultsUnavailable(f"{type(error).__name__}: {error}") from error
+        raise HasRun(result, told)
 
+    def note_run(self, result: Any) -> Exception | None:
+        """Note that the body has run; its lock is held.
 
-def tell_unnoted(message: Any, error: Exception | None) -> None:
-    """Say so to the log."""
-    if error is not None:
-        logger.warning("that message %s has run could not be noted: %s", message.message_id, error)
+        Returns: why it could not be noted; then it is as without a guard, and the message may run a second time.
+        """
+        if self.has_result:
+            self._is_noted = True
+            try:
+                self._results.backend.store_result(_note(self._message, _RAN), result, self._ttl())
+            except Exception as error:  # noqa: BLE001 - the body has run, and nothing may make that a failure
+                return error
+        return None
 
+    def tell_unnoted(self, error: Exception | None) -> None:
+        """Say so to the log."""
+        if error is not None:
+            logger.warning("that message %s has run could not be noted: %s", self.work, error)
 
-def take_back(broker: Any, message: Any, error: BaseException) -> None:
-    """Take that note back: the body has run, but not to a good end, since `error` came behind it (a lost lock)."""
-    results = _results(broker, message)
-    if results is not None and hasattr(message, _NOTED):
-        try:
-            results.backend.store_exception(_note(message, _RAN), error, _ttl(broker, message, results))
-        except Exception as failure:  # noqa: BLE001 - `error` is what is to be told
-            logger.warning("that message %s has failed could not be noted: %s", message.message_id, failure)
+    def take_back(self, error: BaseException) -> None:
+        """Take that note back: the body has run, but not to a good end, since `error` came behind it (a lost lock)."""
+        if self._is_noted and self.has_result:
+            try:
+                self._results.backend.store_exception(_note(self._message, _RAN), error, self._ttl())
+            except Exception as failure:  # noqa: BLE001 - `error` is what is to be told
+                logger.warning("that message %s has failed could not be noted: %s", self.work, failure)
 
+    def has_run(self, result: Any) -> None:
+        """Remember that it has its result, until it is acknowledged; note it where the body did not (a skip)."""
+        if not self._is_noted:
+            self.tell_unnoted(self.note_run(result))
+        _ended.set(self)
+        _hook_failed.set(False)
 
-def has_run(broker: Any, message: Any, result: Any) -> None:
-    """Remember that `message` has its result, until it is acknowledged; note it where the body did not (a skip)."""
-    if not hasattr(message, _NOTED):
-        tell_unnoted(message, note_run(broker, message, result))
-    setattr(message, _HAS_RUN, True)
-    _hook_failed.set(False)
+    def note_told(self) -> None:
+        """Note that those that go on from the message were told."""
+        if self.has_result and self._goes_on():
+            self._results.backend.store_result(_note(self._message, _TOLD), None, self._ttl())
+
+    def is_of(self, message: Any) -> bool:
+        """Say whether it is the delivery of this very object."""
+        return self._message is message
+
+    def _goes_on(self) -> bool:
+        """Say whether anything goes on from the message."""
+        return any(self._option(name, None) for name in ("pipe_target", "group_completion_callbacks", "on_success"))
+
+    def _ttl(self) -> Any:
+        return self._option("result_ttl", self._results.result_ttl)
+
+    def _patience(self) -> float:
+        """Give the seconds that settling may take: the body has to have some of its time, too."""
+        limits: list[int] = [
+            self._option("time_limit", one.time_limit) for one in self._broker.middleware if isinstance(one, TimeLimit)
+        ]
+        return min([SETTLING, *(limit / 2000 for limit in limits if limit)])
+
+    def _option(self, name: str, default: Any) -> Any:
+        if name in self.options:
+            return self.options[name]
+        return self._broker.get_actor(self._message.actor_name).options.get(name, default)
 
 
 def watch_hooks(broker: Any) -> None:
@@ -153,24 +201,16 @@ def _watched(hook: Callable[..., None]) -> Callable[..., None]:
     return watched
 
 
-def note_told(broker: Any, message: Any) -> None:
+def note_told(message: Any) -> None:
     """Note that those that go on from `message` were told, just before it is acknowledged; unless that failed."""
-    if hasattr(message, _HAS_RUN) and not _hook_failed.get() and _goes_on(broker, message):
-        results = _results(broker, message)
-        if results is not None:
-            results.backend.store_result(_note(message, _TOLD), None, _ttl(broker, message, results))
+    delivery = _ended.get()
+    if delivery is not None and delivery.is_of(message) and not _hook_failed.get():
+        delivery.note_told()
 
 
 def _note(message: Any, what: str) -> Any:
     """Give what a note is stored for: a message that there never is. Its id is a UUID, as backends may want it."""
     return message.copy(message_id=str(uuid.uuid5(_NOTES, f"{message.message_id} {requeue.entry(message)} {what}")))
-
-
-def _goes_on(broker: Any, message: Any) -> bool:
-    """Say whether anything goes on from `message`."""
-    return any(
-        _option(broker, message, name, None) for name in ("pipe_target", "group_completion_callbacks", "on_success")
-    )
 
 
 def _find(backend: Any, message: Any, until: float) -> Any:
@@ -184,30 +224,3 @@ def _find(backend: Any, message: Any, until: float) -> Any:
             if time.monotonic() >= until:
                 return _MISSING
             _never.wait(_LOOK)
-
-
-def _results(broker: Any, message: Any) -> Any:
-    """Give the middleware that stores the result of `message`; None: nobody does."""
-    for one in broker.middleware:
-        if isinstance(one, Results):
-            return one if _option(broker, message, "store_results", one.store_results) else None
-    return None
-
-
-def _ttl(broker: Any, message: Any, results: Any) -> Any:
-    return _option(broker, message, "result_ttl", results.result_ttl)
-
-
-def _patience(broker: Any, message: Any) -> float:
-    """Give the seconds that settling may take: the body has to have some of its time, too."""
-    limits: list[int] = [
-        _option(broker, message, "time_limit", one.time_limit)
-        for one in broker.middleware
-        if isinstance(one, TimeLimit)
-    ]
-    return min([SETTLING, *(limit / 2000 for limit in limits if limit)])
-
-
-def _option(broker: Any, message: Any, name: str, default: Any) -> Any:
-    options = {**broker.get_actor(message.actor_name).options, **message.options}
-    return options.get(name, default)

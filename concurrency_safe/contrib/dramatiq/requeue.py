@@ -6,13 +6,11 @@ copy keeps the id, so that results, groups and pipelines find it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dramatiq.middleware import SkipMessage
@@ -125,14 +123,9 @@ def entry(message: Any) -> str:
     return str(message.options.get(ENTRY, ""))
 
 
-@contextlib.contextmanager
-def hidden_options(message: Any) -> Iterator[None]:
-    """Hide our options from the body: a message that it makes of this one, and sends, is another one."""
-    ours = {name: message.options.pop(name) for name in _OURS if name in message.options}
-    try:
-        yield
-    finally:
-        message.options.update(ours)
+def hide_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take our own from the options of a message, and give them: what its body makes of it, and sends, is another."""
+    return {name: options.pop(name) for name in _OURS if name in options}
 
 
 def is_copy(message: Any) -> bool:
