@@ -110,15 +110,15 @@ def lock(  # noqa: PLR0913 - one keyword an option
     if backend is not None:  # not remembered
         options = replace(options, backend=backend)
     # A bad key is an error of this line, not of the `with`.
-    return Lock(keys, options, [lock_key(key) for key in keys])
+    return Lock(keys, options, tuple(map(lock_key, keys)))
 
 
 class Lock:
     """One acquisition: enter it once, by `with` or `async with`."""
 
-    __slots__ = ("_held", "_keys", "_known", "_options", "_unused", "failure")
+    __slots__ = ("_held", "_keep", "_keys", "_known", "_options", "_unused", "failure")
 
-    def __init__(self, keys: tuple[Key, ...], options: LockOptions, known: list[LockKey] | None = None) -> None:
+    def __init__(self, keys: tuple[Key, ...], options: LockOptions, known: tuple[LockKey, ...] | None = None) -> None:
         """Check what can be checked without the store; nothing is acquired. `known`: the keys without a namespace."""
         if len(keys) != 1:
             if not keys:
@@ -131,6 +131,8 @@ class Lock:
         self._known = known
         self._options = options
         self._held: HeldLock | None = None
+        #: Whether it is held past the block that there is none of.
+        self._keep = False
         self._unused = True
         #: The error that ended the acquisition, so that a caller can tell it from one of the body's.
         self.failure: ConcurrencySafeError | None = None
@@ -141,14 +143,11 @@ class Lock:
 
     def __enter__(self) -> HeldLock:
         """Acquire the lock."""
-        return self._enter(keep=False)
-
-    def _enter(self, *, keep: bool) -> HeldLock:
         held = self._begin(None)
         try:
             if held._settings.enabled:
                 drive(held._acquire(self._options))
-            held._enter_context(keep=keep)
+            held._enter_context(keep=self._keep)
         except BaseException as error:
             held._abandon()
             self._note(error)
@@ -169,18 +168,16 @@ class Lock:
 
     def acquire(self) -> HeldLock:
         """Acquire the lock without a block; it is held until `HeldLock.release()`, or the end of the process."""
-        return self._enter(keep=True)
+        self._keep = True
+        return self.__enter__()
 
     async def __aenter__(self) -> HeldLock:
         """Acquire the lock; the event loop goes on meanwhile."""
-        return await self._aenter(keep=False)
-
-    async def _aenter(self, *, keep: bool) -> HeldLock:
         held = self._begin(asyncio.get_running_loop())
         try:
             if held._settings.enabled:
                 await adrive(held._acquire(self._options))
-            held._enter_context(keep=keep)
+            held._enter_context(keep=self._keep)
         except BaseException as error:
             await held._aabandon()
             self._note(error)
@@ -199,7 +196,8 @@ class Lock:
 
     async def aacquire(self) -> HeldLock:
         """Acquire the lock without a block; it is held until `HeldLock.arelease()`, or the end of the process."""
-        return await self._aenter(keep=True)
+        self._keep = True
+        return await self.__aenter__()
 
     def _begin(self, home: asyncio.AbstractEventLoop | None) -> HeldLock:
         try:
@@ -213,10 +211,10 @@ class Lock:
         settings = get_settings()
         keys = self._known
         if keys is None or settings.namespace:
-            keys = [lock_key(key, settings.namespace) for key in self._keys]
+            keys = tuple([lock_key(key, settings.namespace) for key in self._keys])
         if len(keys) > 1:
-            keys = list({key.number: key for key in keys}.values())
-        held = self._held = HeldLock(tuple(keys), settings, home)
+            keys = tuple({key.number: key for key in keys}.values())
+        held = self._held = HeldLock(keys, settings, home)
         return held
 
     def _note(self, error: BaseException) -> None:
@@ -515,7 +513,8 @@ class HeldLock:
         except BaseException:
             self._abandon()
             raise
-        self._report(error, released=released)
+        if instrumentation.hooks or self._lost or not released:
+            self._report(error, released=released)
 
     async def _arelease(self, error: BaseException | None) -> None:
         try:
@@ -524,7 +523,8 @@ class HeldLock:
         except BaseException:
             await self._aabandon()
             raise
-        self._report(error, released=released)
+        if instrumentation.hooks or self._lost or not released:
+            self._report(error, released=released)
 
     def _report(self, error: BaseException | None, *, released: bool) -> None:
         if instrumentation.hooks:
@@ -539,8 +539,7 @@ class HeldLock:
         footing = self._footing
         released = self._transaction is None or not self._transaction.is_cut() or self._transaction.is_over()
         if footing.ownership is not None:
-            last = footing.ownership.leaving(footing)
-            held = [claim for claim in last if claim.held]
+            last, held = footing.ownership.leaving(footing)
             if held:
                 released &= yield from footing.backend.release(footing, held)
             for claim in last:
@@ -566,7 +565,8 @@ class HeldLock:
         self._footing.lock = self._footing.owner = None
         if net is not None:
             _nets.discard(net)
-            _stack.set(_without(net, _stack.get()))
+            stack = _stack.get()
+            _stack.set(stack[1] if stack is not None and stack[0] is net else _without(net, stack))
         _kept.discard(self)
 
     # Loss.
@@ -624,7 +624,7 @@ def undo_steps(footing: Footing) -> Steps[None]:
     ownership = footing.ownership
     if ownership is None or footing.pid != forks.pid:
         return
-    claims = ownership.leaving(footing)
+    claims, _ = ownership.leaving(footing)
     try:
         yield from footing.backend.undo(footing, claims)
     finally:
@@ -668,8 +668,6 @@ def _catch(net: _Net) -> None:
 
 
 def _without(net: _Net, stack: _Stack) -> _Stack:
-    if stack is not None and stack[0] is net:
-        return stack[1]
     above: list[_Net] = []
     while stack is not None:
         top, stack = stack

@@ -325,18 +325,20 @@ class Ownership:
                     entry.asker = None
                     self._advance(entry)
 
-    def leaving(self, footing: Footing) -> list[Claim]:
-        """Take `footing` off its claims; give those that nobody stands on any more: the store must free them.
+    def leaving(self, footing: Footing) -> tuple[list[Claim], list[Claim]]:
+        """Take `footing` off its claims; from then on nobody can enter again those that it was the last on.
 
-        From then on nobody can enter them again.
+        Returns: those, and the ones among them that the store has granted, and must free.
         """
-        last = []
+        last, held = [], []
         with self._mutex:
             for claim in footing.claims:
                 claim.stands.discard(footing)
                 if not claim.stands:
                     last.append(claim)
-        return last
+                    if claim.held:
+                        held.append(claim)
+        return last, held
 
     def is_amid_change(self) -> bool:
         """Say whether the running thread is in the middle of a change."""

@@ -41,12 +41,12 @@ def lock_key(key: str | tuple[object, ...] | LockKey, namespace: str = "") -> Lo
 
     Raises: KeyTemplateError: an empty key, one that still holds a {field}, or a part without a canonical text.
     """
-    if isinstance(key, LockKey):
-        return key
     if type(key) is str:
         return _plain(key, namespace)
     if type(key) is Rendered:
         return _rendered(key, namespace)
+    if isinstance(key, LockKey):
+        return key
     if isinstance(key, str):
         # A lazy object, as Django's, is a str by its __class__ alone.
         text = check_text(key if issubclass(type(key), str) else str(key))

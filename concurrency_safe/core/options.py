@@ -22,6 +22,8 @@ class Unset(Enum):
 
     UNSET = "the setting"
 
+    __hash__ = object.__hash__  # an Enum's own is written in Python, and each lock asks for it
+
     def __repr__(self) -> str:
         """Show a word."""
         return "UNSET"

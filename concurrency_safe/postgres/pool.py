@@ -104,7 +104,9 @@ class SessionPool:
     def take_at_once(self, borrower: Borrower, session: LockSession) -> bool:
         """Begin the turn of `borrower` on `session`, if nobody uses it; False: `take` must."""
         with self.mutex:
-            if session.user is not None or session.dead or self._is_kept_from(borrower, session):
+            if session.user is not None or session.dead:
+                return False
+            if session in self._kept_for and self._is_kept_from(borrower, session):
                 return False
             borrower.session = session
             session.user = borrower
@@ -182,9 +184,7 @@ class SessionPool:
                 return
 
     def _is_kept_from(self, borrower: Borrower, session: LockSession) -> bool:
-        """Say whether `session` is kept for another one, who waits still."""
-        if session not in self._kept_for:
-            return False
+        """Say whether `session`, which is kept, is kept for another one, who waits still."""
         waiting, until = self._kept_for[session]
         if waiting is not borrower and waiting in self._queue and time.monotonic() < until:
             return True
@@ -232,16 +232,16 @@ class SessionPool:
 
     def _pick(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> LockSession | None:
         for session in self.sessions:
-            if (
-                session.user is None
-                and not (empty and session.held)
-                and _serves(session, borrower, numbers, name)
-                and not self._is_kept_from(borrower, session)
-            ):
-                borrower.session = session
-                session.user = borrower
-                session.home = borrower.home
-                return session
+            if session.user is not None or session.dead:
+                continue
+            if session.held and (empty or not _serves(session, borrower, numbers, name)):
+                continue
+            if session in self._kept_for and self._is_kept_from(borrower, session):
+                continue
+            borrower.session = session
+            session.user = borrower
+            session.home = borrower.home
+            return session
         return None
 
     def _may_open(self, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:
