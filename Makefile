@@ -18,7 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?= $(ARGS)
 
 # These wait for other processes, most of the time, so two lanes are hardly slower than one; the others measure times.
-CONTRIB := tests/contrib
+IN_LANES := tests/contrib $(wildcard tests/integration/test_embedded_*.py) tests/integration/test_extras.py
 
 # The heart: a lock that is wrong in one rare branch is a wrong lock, so tests pass through every branch of these.
 HEART := $(foreach each,core/* postgres/* locks.py guards.py ownership.py spaces.py conf.py gates.py memory.py fencing.py ticks.py,concurrency_safe/$(each),)
@@ -47,8 +47,8 @@ ifneq ($(strip $(PYTEST_ARGS)),)
 	$(TETHER) $(PY) -m pytest $(PYTEST_ARGS)
 else
 	$(PY) -m coverage erase
-	$(TETHER) $(PY) -m coverage run -m pytest $(CONTRIB) -n 2 --dist loadfile
-	$(TETHER) $(PY) -m coverage run -m pytest --ignore $(CONTRIB)
+	$(TETHER) $(PY) -m coverage run -m pytest $(IN_LANES) -n 2 --dist loadfile
+	$(TETHER) $(PY) -m coverage run -m pytest $(addprefix --ignore=,$(IN_LANES))
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
 	$(PY) -m coverage report --include='$(subst $(empty) ,,$(HEART))' --fail-under=100
