@@ -76,7 +76,7 @@ $(PEERS)/.made: constraints.txt Makefile
 	$(if $(NEWER),$(NEWER) -m venv $(PEERS)/newer && $(PEERS)/newer/bin/python -m pip install --quiet --constraint constraints.txt postgresql-lock 'psycopg[binary]')
 	touch $@
 
-chaos: $(MADE) ## hurt workers, brokers and the lock store; walk the state machine (SEEDS="1 2 3" SECONDS=300)
+chaos: $(MADE) ## hurt workers, the network and the lock store; walk the state machine (SEEDS="1 2 3" SECONDS=300)
 	$(PY) -m tests.servers.fetch
 	for seed in $(SEEDS); do $(TETHER) $(PY) -m benchmarks.chaos --seed $$seed --seconds $(SECONDS) || exit 1; done
 	for seed in $(SEEDS); do $(TETHER) $(PY) -m tests.contract.machine --seed $$seed --seconds $(SECONDS) || exit 1; done

@@ -1,1 +1,1 @@
-"""Guarded work under faults: workers, brokers and a lock store that die, and a judge who was told nothing."""
+"""Guarded work under faults: workers, connections and a lock store that die, and a judge who was told nothing."""

@@ -6,8 +6,8 @@ Celery's workers are on RabbitMQ (`python -m tests.servers.fetch` brings it), Dr
 which a killed worker loses no message. On Redis, Celery's transport takes a message by BRPOP and writes down afterwards
 that it has it; whoever is killed in between takes it along, guarded or not.
 
-The seed decides which faults there are, and when; what they hit, the workers' own pace decides. The exit status is 1
-when the judge found anything wrong.
+The seed decides which faults there are, in which order, and how long after one another; what they hit, the workers'
+own pace decides. The exit status is 1 when the judge found anything wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import psycopg
 
-from benchmarks.chaos.faults import Faults
+from benchmarks.chaos.faults import SESSIONS, Faults
 from benchmarks.chaos.judge import Verdict, judge, read_runs
 from benchmarks.chaos.relay import Relay
 from benchmarks.chaos.report import markdown, picture
@@ -49,9 +49,14 @@ CELERY = ["celery", "-A", "benchmarks.chaos.work:celery", "worker", "-c", "3", "
 CELERY += ["--without-gossip", "--without-mingle"]
 DRAMATIQ = ["dramatiq", "benchmarks.chaos.work", "--processes", "2", "--threads", "3", "--queues", "chaos"]
 
-#: Rows of the lock store that only ours can have: the faults' own locks end with their sessions.
-LEFT = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE locktype = 'advisory'"
-SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cs:%'"
+#: Locks that only ours can be: the faults' own end with their sessions.
+LOCKS = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE locktype = 'advisory'"
+
+#: What a worker's log says of tries that came while a fault lasted.
+REFUSALS = {
+    "tries that found the lock table full": "lock table is full",
+    "tries that found no connection left": "too many clients already",
+}
 
 
 class Crew:
@@ -60,9 +65,12 @@ class Crew:
     def __init__(self, environment: dict[str, str], log: Path) -> None:
         """Start two of Celery's and one of Dramatiq's."""
         self._environment = environment
+        self.log = log
         self._log = log.open("ab")
         self._commands = [[*CELERY, "-n", f"one-{os.getpid()}"], [*CELERY, "-n", f"two-{os.getpid()}"], DRAMATIQ]
         self.replaced = 0
+        #: Who had to be killed at the end.
+        self.stuck = 0
         self.workers = [self._start(command) for command in self._commands]
 
     def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
@@ -94,6 +102,7 @@ class Crew:
             try:
                 worker.wait(60)
             except subprocess.TimeoutExpired:
+                self.stuck += 1
                 self._end_session(worker, signal.SIGKILL)
                 worker.wait()
             self._end_session(worker, signal.SIGKILL)
@@ -186,9 +195,13 @@ def play(seed: int, seconds: float, folder: Path) -> tuple[Verdict, dict[str, An
             started = time.monotonic()
             _let_it_run(jobs, crew, faults, seconds)
             finished = _let_it_end(jobs, crew)
+            wrong = _rests(server, "locks", LOCKS, "though no job is under way")
         finally:
             crew.stop()
-        wrong = _look_for_rests(server)
+        wrong += _rests(server, "locks", LOCKS, "after the workers' end")
+        wrong += _rests(server, "sessions", SESSIONS, "after the workers' end")
+        if crew.stuck:
+            wrong.append(f"{crew.stuck} workers did not end by themselves")
         if not finished:
             late = {number: jobs.messages[number] for number in sorted(jobs.open)}
             wrong.append(f"not done {PATIENCE:.0f} s after the last fault, with their messages: {late}")
@@ -196,6 +209,8 @@ def play(seed: int, seconds: float, folder: Path) -> tuple[Verdict, dict[str, An
         verdict = judge(runs, faults.done, jobs.all)
         verdict.wrong += wrong
         verdict.figures |= {"workers that were replaced": crew.replaced, "jobs that were sent again": jobs.sent_again}
+        told = crew.log.read_text(errors="replace")
+        verdict.figures |= {what: told.count(words) for what, words in REFUSALS.items()}
     facts = {
         "seed": seed,
         "seconds": seconds,
@@ -235,17 +250,14 @@ def _let_it_end(jobs: Jobs, crew: Crew) -> bool:
     return not jobs.open
 
 
-def _look_for_rests(server: PostgresServer) -> list[str]:
-    wrong = []
+def _rests(server: PostgresServer, what: str, query: str, when: str) -> list[str]:
+    """Say that some of what `query` counts are left, if they don't go away within seconds."""
+    left: tuple[int] = (1,)
+    until = time.monotonic() + 5
     with psycopg.connect(server.dsn, autocommit=True) as connection:
-        until = time.monotonic() + 5
-        for what, query in (("locks", LEFT), ("sessions", SESSIONS)):
-            left: tuple[int] = (1,)
-            while left[0] and time.monotonic() < until:
-                left = connection.execute(query).fetchone() or (0,)
-            if left[0]:
-                wrong.append(f"{left[0]} {what} are left after the workers' end")
-    return wrong
+        while left[0] and time.monotonic() < until:
+            left = connection.execute(query).fetchone() or (0,)
+    return [f"{left[0]} {what} are left {when}"] if left[0] else []
 
 
 def _leave(signum: int, _: object) -> None:

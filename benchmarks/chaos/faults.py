@@ -1,4 +1,4 @@
-"""What is done to the workers, the lock store and the network; which of it when, a seed decides."""
+"""What is done to the workers, the lock store and the network; which of it in which order, a seed decides."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psycopg
 
@@ -17,6 +19,55 @@ from benchmarks.chaos.judge import Fault
 from benchmarks.chaos.relay import Relay
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.testing import PostgresServer
+
+_T = TypeVar("_T")
+
+#: Counts the library's own sessions.
+SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cs:%'"
+
+#: Ends them, and counts them.
+TERMINATE = SESSIONS.replace("count(*)", "count(pg_terminate_backend(pid))")
+
+#: What is done, and how often compared with the others.
+WEIGHTS = {
+    "kill_one": 4,
+    "kill_all": 1,
+    "stop_one": 3,
+    "terminate_one": 4,
+    "terminate_all": 2,
+    "restart_fast": 1,
+    "restart_immediate": 1,
+    "cut": 2,
+    "hold_up": 1,
+    "fill_locks": 1,
+    "take_connections": 1,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One fault to come. `where`: whom it hits, as a part of all there are; `pause`: seconds until the next one.
+
+    `seconds`: how long it lasts, where that is not in its nature.
+    """
+
+    verb: str
+    where: float
+    seconds: float
+    pause: float
+
+
+def plan(seed: int) -> Iterator[Step]:
+    """Give the faults of `seed`, one after the other, without end; each takes as much chance as any other."""
+    chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
+    while True:
+        verb = chance.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]
+        yield Step(verb, chance.random(), chance.uniform(0.3, 2.0), chance.uniform(0.8, 2.5))
+
+
+def picked(among: Sequence[_T], where: float) -> _T:
+    """Give the one of `among` that is at `where`, from 0 to below 1."""
+    return among[int(where * len(among))]
 
 
 class Faults:
@@ -26,7 +77,7 @@ class Faults:
         self, seed: int, server: PostgresServer, relay: Relay, workers: Callable[[], Iterable[int]], keys: Iterable[str]
     ) -> None:
         """Hurt `server`, what goes through `relay`, and the processes below the pids that `workers` gives."""
-        self._chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
+        self._plan = plan(seed)
         self._server = server
         self._relay = relay
         self._workers = workers
@@ -36,38 +87,33 @@ class Faults:
 
     def next(self) -> float:
         """Do the next one; give the seconds until the one after it."""
-        verb, weight = zip(*self._verbs(), strict=True)
-        self._chance.choices(verb, weight)[0]()
-        return self._chance.uniform(0.8, 2.5)
+        step = next(self._plan)
+        getattr(self, step.verb)(step)
+        return step.pause
 
-    def _verbs(self) -> list[tuple[Callable[[], None], float]]:
-        return [
-            (self.kill_one, 4),
-            (self.kill_all, 1),
-            (self.stop_one, 3),
-            (self.terminate_one, 4),
-            (self.terminate_all, 2),
-            (self.restart_fast, 1),
-            (self.restart_immediate, 1),
-            (self.cut, 2),
-            (self.fill_locks, 1),
-            (self.take_connections, 1),
-        ]
-
-    def _note(self, name: str, at: float, **fields: tuple[int, ...] | tuple[str, ...]) -> None:
-        self.done.append(Fault(name, at, time.monotonic(), **fields))  # type: ignore[arg-type]  # each by its name
+    def _note(
+        self,
+        name: str,
+        at: float,
+        *,
+        pids: tuple[int, ...] = (),
+        cuts: tuple[str, ...] | None = None,
+        sessions: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        self.done.append(Fault(name, at, time.monotonic() + seconds, pids, cuts, sessions))
 
     # Processes.
 
-    def kill_one(self) -> None:
+    def kill_one(self, step: Step) -> None:
         """Kill one process of a worker."""
         pids = [pid for worker in self._workers() for pid in descendants(worker)]
         if pids:
-            self._kill("kill one", [self._chance.choice(sorted(pids))])
+            self._kill("kill one", [picked(sorted(pids), step.where)])
 
-    def kill_all(self) -> None:
+    def kill_all(self, step: Step) -> None:
         """Kill a worker with all its processes."""
-        worker = self._chance.choice(sorted(self._workers()))
+        worker = picked(sorted(self._workers()), step.where)
         self._kill("kill a worker", [worker, *descendants(worker)])
 
     def _kill(self, name: str, pids: list[int]) -> None:
@@ -77,18 +123,17 @@ class Faults:
                 os.kill(pid, signal.SIGKILL)
         self._note(name, at, pids=tuple(pids))
 
-    def stop_one(self) -> None:
+    def stop_one(self, step: Step) -> None:
         """Stop one process for a while."""
         pids = sorted({pid for worker in self._workers() for pid in descendants(worker)} - self._stopped)
         if not pids:
             return
-        pid = self._chance.choice(pids)
-        seconds = self._chance.uniform(0.3, 2.0)
+        pid = picked(pids, step.where)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             self._stopped.add(pid)
-            threading.Timer(seconds, self._continue, [pid]).start()
-            self._note("stop one", time.monotonic(), pids=(pid,))
+            threading.Timer(step.seconds, self._continue, [pid]).start()
+            self._note("stop one", time.monotonic(), pids=(pid,), seconds=step.seconds)
 
     def _continue(self, pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -97,15 +142,15 @@ class Faults:
 
     # The lock store.
 
-    def terminate_one(self) -> None:
+    def terminate_one(self, step: Step) -> None:
         """End the session of one holder."""
-        self._terminate(1)
+        self._terminate(step.where)
 
-    def terminate_all(self) -> None:
+    def terminate_all(self, _: Step) -> None:
         """End the sessions of all holders."""
-        self._terminate(100)
+        self._terminate(None)
 
-    def _terminate(self, most: int) -> None:
+    def _terminate(self, where: float | None) -> None:
         at = time.monotonic()
         with psycopg.connect(self._server.dsn, autocommit=True) as connection:
             held = connection.execute(
@@ -113,27 +158,29 @@ class Faults:
                 "WHERE locktype = 'advisory' AND granted ORDER BY 2"
             ).fetchall()
             pids = sorted({pid for pid, _ in held})
-            chosen = self._chance.sample(pids, min(most, len(pids)))
+            chosen = pids if where is None or not pids else [picked(pids, where)]
             for pid in chosen:
                 connection.execute("SELECT pg_terminate_backend(%s)", [pid])
         keys = tuple(self._names[number] for pid, number in held if pid in chosen and number in self._names)
         if keys:
-            self._note("terminate", at, cuts=keys)
+            self._note("terminate", at, cuts=keys, sessions=len(chosen))
 
-    def restart_fast(self) -> None:
+    def restart_fast(self, _: Step) -> None:
         """Restart the server; everybody is disconnected."""
         self._restart("fast")
 
-    def restart_immediate(self) -> None:
+    def restart_immediate(self, _: Step) -> None:
         """Let the server crash, and recover."""
         self._restart("immediate")
 
     def _restart(self, mode: str) -> None:
+        with psycopg.connect(self._server.dsn, autocommit=True) as connection:
+            (sessions,) = connection.execute(SESSIONS).fetchone() or (0,)
         at = time.monotonic()
         self._server.restart(mode)
-        self._note(f"restart, {mode}", at, cuts=())
+        self._note(f"restart, {mode}", at, cuts=(), sessions=sessions)
 
-    def fill_locks(self) -> None:
+    def fill_locks(self, _: Step) -> None:
         """Leave no room in the server's lock table for a while."""
         at = time.monotonic()
         with psycopg.connect(self._server.dsn, autocommit=True) as connection:
@@ -151,28 +198,40 @@ class Faults:
             connection.execute("SELECT pg_sleep(0.5)")
         self._note("fill the lock table", at)
 
-    def take_connections(self) -> None:
-        """Take every connection that the server gives, for a while."""
+    def take_connections(self, _: Step) -> None:
+        """End every session of the workers, and take every connection that the server gives, for a while."""
         at = time.monotonic()
-        taken = []
+        taken: list[psycopg.Connection[Any]] = []
         try:
-            with contextlib.suppress(psycopg.OperationalError):
-                while True:
-                    taken.append(psycopg.connect(self._server.dsn, autocommit=True))
-            if taken:
-                taken[0].execute("SELECT pg_sleep(0.7)")
+            self._take_all(taken)
+            began = time.monotonic()
+            (sessions,) = taken[0].execute(TERMINATE).fetchone() or (0,)
+            self._note("terminate all sessions", began, cuts=(), sessions=sessions)
+            self._take_all(taken)
+            taken[0].execute("SELECT pg_sleep(0.7)")
         finally:
             for connection in taken:
                 connection.close()
         self._note("take all connections", at)
 
+    def _take_all(self, taken: list[psycopg.Connection[Any]]) -> None:
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                taken.append(psycopg.connect(self._server.dsn, autocommit=True))
+
     # The network.
 
-    def cut(self) -> None:
+    def cut(self, _: Step) -> None:
         """Reset every connection to the lock store."""
         at = time.monotonic()
-        self._relay.cut()
-        self._note("cut the network", at, cuts=())
+        sessions = self._relay.cut()
+        self._note("cut the network", at, cuts=(), sessions=sessions)
+
+    def hold_up(self, step: Step) -> None:
+        """Let nothing pass between the workers and the lock store for a while."""
+        at = time.monotonic()
+        self._relay.hold_up(step.seconds)
+        self._note("hold up the network", at)
 
 
 def descendants(pid: int) -> list[int]:

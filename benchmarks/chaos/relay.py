@@ -1,4 +1,4 @@
-"""A TCP relay before the lock store, whose connections can be cut."""
+"""A TCP relay before the lock store, whose connections can be cut, or held up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import threading
+import time
 
 #: Close at once, with a reset.
 _RESET = struct.pack("ii", 1, 0)
@@ -21,6 +22,8 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._links: set[tuple[socket.socket, socket.socket]] = set()
+        self._flows = threading.Event()
+        self._flows.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> int:
@@ -32,6 +35,12 @@ class Relay:
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     end.shutdown(socket.SHUT_RDWR)
         return len(links)
+
+    def hold_up(self, seconds: float) -> None:
+        """Pass nothing on for `seconds`; nothing is lost."""
+        self._flows.clear()
+        time.sleep(seconds)
+        self._flows.set()
 
     def _accept(self) -> None:
         while True:
@@ -55,6 +64,7 @@ class Relay:
                     data = source.recv(65536)
                     if not data:
                         return
+                    self._flows.wait()
                     other[source].sendall(data)
         except (OSError, ValueError):
             pass
