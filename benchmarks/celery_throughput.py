@@ -1,6 +1,6 @@
 """How many guarded tasks a worker does in a second, beside unguarded ones and other libraries' on the same stack.
 
-    python -m benchmarks.celery_throughput [--tasks 2000] [--rounds 5] [--concurrency 2] [--docs FOLDER]
+    python -m benchmarks.celery_throughput [--tasks 1000] [--rounds 11] [--concurrency 2] [--docs FOLDER]
 
 Each round sends the tasks of every kind to a queue that the worker does not know, and then lets it work; the kinds take
 turns at being first. `send` is the client's speed, `run` the worker's, `both` one after the other. celery-once and
@@ -127,7 +127,7 @@ def report(results: dict[str, list[Round]], docs: Path | None) -> None:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = figures.parser(__doc__, tasks=2000, rounds=5, concurrency=2)
+    parser = figures.parser(__doc__, tasks=1000, rounds=11, concurrency=2)
     options = parser.parse_args()
     report(measure(options.tasks, options.rounds, options.concurrency), options.docs)
 
