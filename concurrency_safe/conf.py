@@ -146,8 +146,8 @@ def django_is_configured() -> bool:
 
 
 def uses_django() -> bool:
-    """Say the same, at once where it is known to be so; `get_settings` has looked at the environment."""
-    return _state.with_django or ("django.conf" in sys.modules and django_is_configured())
+    """Say the same, at once where it is known to be so."""
+    return _state.with_django or django_is_configured()
 
 
 def _from_environment() -> dict[str, Any]:

@@ -116,7 +116,7 @@ def lock(  # noqa: PLR0913 - one keyword an option
 class Lock:
     """One acquisition: enter it once, by `with` or `async with`."""
 
-    __slots__ = ("_held", "_keep", "_keys", "_known", "_options", "_unused", "failure")
+    __slots__ = ("_held", "_keys", "_known", "_options", "_unused", "failure")
 
     def __init__(self, keys: tuple[Key, ...], options: LockOptions, known: tuple[LockKey, ...] | None = None) -> None:
         """Check what can be checked without the store; nothing is acquired. `known`: the keys without a namespace."""
@@ -131,8 +131,6 @@ class Lock:
         self._known = known
         self._options = options
         self._held: HeldLock | None = None
-        #: Whether it is held past the block that there is none of.
-        self._keep = False
         self._unused = True
         #: The error that ended the acquisition, so that a caller can tell it from one of the body's.
         self.failure: ConcurrencySafeError | None = None
@@ -143,11 +141,14 @@ class Lock:
 
     def __enter__(self) -> HeldLock:
         """Acquire the lock."""
+        return self._enter(keep=False)
+
+    def _enter(self, *, keep: bool) -> HeldLock:
         held = self._begin(None)
         try:
             if held._settings.enabled:
                 drive(held._acquire(self._options))
-            held._enter_context(keep=self._keep)
+            held._enter_context(keep=keep)
         except BaseException as error:
             held._abandon()
             self._note(error)
@@ -168,16 +169,18 @@ class Lock:
 
     def acquire(self) -> HeldLock:
         """Acquire the lock without a block; it is held until `HeldLock.release()`, or the end of the process."""
-        self._keep = True
-        return self.__enter__()
+        return self._enter(keep=True)
 
     async def __aenter__(self) -> HeldLock:
         """Acquire the lock; the event loop goes on meanwhile."""
+        return await self._aenter(keep=False)
+
+    async def _aenter(self, *, keep: bool) -> HeldLock:
         held = self._begin(asyncio.get_running_loop())
         try:
             if held._settings.enabled:
                 await adrive(held._acquire(self._options))
-            held._enter_context(keep=self._keep)
+            held._enter_context(keep=keep)
         except BaseException as error:
             await held._aabandon()
             self._note(error)
@@ -196,8 +199,7 @@ class Lock:
 
     async def aacquire(self) -> HeldLock:
         """Acquire the lock without a block; it is held until `HeldLock.arelease()`, or the end of the process."""
-        self._keep = True
-        return await self.__aenter__()
+        return await self._aenter(keep=True)
 
     def _begin(self, home: asyncio.AbstractEventLoop | None) -> HeldLock:
         try:

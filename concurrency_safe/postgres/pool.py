@@ -185,10 +185,13 @@ class SessionPool:
 
     def _is_kept_from(self, borrower: Borrower, session: LockSession) -> bool:
         """Say whether `session`, which is kept, is kept for another one, who waits still."""
-        waiting, until = self._kept_for[session]
+        kept = self._kept_for.get(session)
+        if kept is None:  # a signal has come in between
+            return False
+        waiting, until = kept
         if waiting is not borrower and waiting in self._queue and time.monotonic() < until:
             return True
-        del self._kept_for[session]
+        self._kept_for.pop(session, None)
         return False
 
     def forget(self, session: LockSession) -> None:

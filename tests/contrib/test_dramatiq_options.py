@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import os
 import subprocess
@@ -10,12 +11,13 @@ import sys
 import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import dramatiq
 import pytest
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.middleware import AsyncIO, CurrentMessage, Middleware
+from dramatiq.middleware import AsyncIO, CurrentMessage, Middleware, Pipelines, Retries, TimeLimitExceeded
 from dramatiq.results import Results
 from dramatiq.results.backends import StubBackend
 
@@ -27,9 +29,11 @@ from concurrency_safe import (
     Retry,
     assert_locked,
     current_lock,
+    instrumentation,
     lock,
 )
-from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, requeue
+from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, middleware, requeue
+from concurrency_safe.locks import current_work
 from tests.integration.conftest import Rival
 
 actor_of: Any = dramatiq.actor  # its overloads don't know fn and options together
@@ -430,6 +434,53 @@ def test_a_copy_of_a_message_that_was_sent_is_the_same_message(rival: Rival) -> 
     broker.enqueue(message)
     assert process(broker, message.copy(options={requeue.CONFLICTS: 1})) == []
     assert seen == ["pay:7"]
+
+
+def test_an_actor_may_run_in_a_context_of_its_own(rival: Rival) -> None:
+    """What has become of a delivery is known past the end of that context."""
+
+    class Isolated(dramatiq.Actor[..., Any]):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return contextvars.copy_context().run(super().__call__, *args, **kwargs)
+
+    results: Any = Results(backend=StubBackend(), store_results=True)  # type: ignore[no-untyped-call]
+    broker, seen = StubBroker(middleware=[Pipelines(), results, ConcurrencySafeMiddleware()]), list[Any]()
+    actor = actor_of(noting(seen), broker=broker, lock_key="pay:{user_id}", actor_class=Isolated)
+    after = actor_of(lambda _result: seen.append("went on"), broker=broker, actor_name="after")
+    target = after.message().asdict()
+    message = actor.message_with_options(args=(7,), pipe_target=target, **{requeue.ENTRY: "one"})
+
+    for _ in ("sent", "delivered again"):
+        assert process(broker, message.copy()) == []
+    assert seen == ["pay:7", "went on"]
+
+
+def test_an_interrupted_message_keeps_what_tells_it_from_others(rival: Rival) -> None:
+    broker = a_broker(Retries(max_retries=0))
+
+    def interrupt(frame: FrameType, event: str, _: object) -> None:
+        where = frame.f_globals["__name__"], frame.f_code.co_name
+        if event == "call" and where == (middleware.__name__, "__exit__"):
+            raise TimeLimitExceeded
+
+    actor = actor_of(lambda _user_id: sys.setprofile(interrupt), broker=broker, lock_key="pay")
+    message = actor.message_with_options(args=(7,), **{requeue.ENTRY: "one"})
+
+    (dead,) = process(broker, message)
+    assert dead.options[requeue.ENTRY] == "one"
+    assert rival.is_free("pay")
+
+
+def test_a_message_begins_with_nothing_of_an_interrupted_one() -> None:
+    def begin() -> None:
+        current_work.set("another message")
+        instrumentation.conflicts.set([])
+        broker = a_broker()
+        broker.emit_before("process_message", actor_of(noting([]), broker=broker).message(7))
+        assert current_work.get() is None
+        assert instrumentation.conflicts.get() is None
+
+    contextvars.copy_context().run(begin)
 
 
 def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,21 @@ from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import bare_environment
 from tests.servers.pgbouncer import PgBouncer
+
+#: A script that turns out to be Django's after its first lock.
+LATE_DJANGO = """
+import os, sys
+from concurrency_safe import ConfigurationError, lock
+with lock("first"):
+    pass
+os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
+os.environ["DATABASE_URL"] = sys.argv[1]
+try:
+    with lock("second"):
+        sys.exit("the lock of another database was taken")
+except ConfigurationError as error:
+    print(error)
+"""
 
 TAKE = """
 import sys
@@ -162,3 +178,11 @@ def open_server_connections(dsn: str, number: int) -> None:
         client.execute("SELECT 1")
     for client in clients:
         client.close()
+
+
+def test_a_script_that_becomes_djangos_takes_no_lock_of_another_database(dsn: str) -> None:
+    command = [sys.executable, "-c", LATE_DJANGO, os.environ["DATABASE_URL"]]
+    environment = {**bare_environment(), "DATABASE_URL": dsn}
+
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "different databases" in process.stdout, process.stderr

@@ -7,14 +7,16 @@ import contextlib
 import gc
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 import pytest
 
-from concurrency_safe import HeldLock, LockCapacityError, configure, lock, spaces
+from concurrency_safe import HeldLock, LockCapacityError, LockReentrancyError, configure, lock, spaces
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Borrower, Request, StoreOptions
 from concurrency_safe.core.steps import READ, SocketWait
@@ -122,6 +124,56 @@ def test_a_session_is_kept_for_who_has_waited_and_not_for_long(
             del backend.pool._queue[waiting]
         assert backend.pool.lend_at_once(late, (2,), "") is session
         drive(backend.pool.free(late))
+
+
+@pytest.mark.parametrize("verb", ["lend_at_once", "take_at_once"])
+def test_a_signals_handler_may_take_a_lock_while_a_kept_session_is_looked_at(
+    backend: PostgresBackend, verb: str
+) -> None:
+    first, gone, handlers = Footing(None), Footing(None), Footing(None)
+    session = drive(backend.pool.lend(first, (1,), "", empty=False))
+    drive(backend.pool.free(first))
+    backend.pool._kept_for[session] = (gone, 0.0)
+    handled: list[object] = []
+
+    def handle(frame: FrameType, event: str, _: object) -> None:
+        """As the interpreter does for a signal, when a function begins."""
+        if event == "call" and frame.f_code.co_name == "_is_kept_from" and not handled:
+            sys.setprofile(None)
+            handled.append(backend.pool.lend_at_once(handlers, (2,), ""))
+            assert backend.pool.free_at_once(handlers)
+
+    sys.setprofile(handle)
+    try:
+        is_taken = verb == "take_at_once"
+        taken = backend.pool.take_at_once(first, session) if is_taken else backend.pool.lend_at_once(first, (1,), "")
+    finally:
+        sys.setprofile(None)
+    assert handled == [session]
+    assert taken
+    assert session.user is first
+    drive(backend.pool.free(first))
+
+
+def test_a_refused_acquisition_does_not_keep_the_lock_of_another_thread(dsn: str, rival: Rival) -> None:
+    rival.hold("one")
+    waiting = lock("one", timeout=LIMIT)
+    kept: list[int] = []
+
+    def work() -> None:
+        with waiting:
+            kept.append(len(_kept))
+
+    crew = threading.Thread(target=work)
+    crew.start()
+    try:
+        wait_for(lambda: waiting._held is not None)
+        with pytest.raises(LockReentrancyError):
+            waiting.acquire()
+    finally:
+        rival.let_go()
+        crew.join()
+    assert kept == [0]
 
 
 @pytest.mark.parametrize("state", ["stopped", "closed"])

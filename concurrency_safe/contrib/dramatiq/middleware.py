@@ -107,7 +107,9 @@ class ConcurrencySafeMiddleware(Middleware):
         _stamped.set(None)
 
     def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
-        """Tell the actor's function which message it runs for."""
+        """Tell the actor's function which message it runs for; forget what an interrupt left of the one before."""
+        current_work.set(None)
+        instrumentation.conflicts.set(None)
         _arriving.set(message)
 
     def after_process_message(self, broker: Any, message: Any, **_: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
@@ -264,6 +266,7 @@ class _Body:
         try:
             result = self._attempt(declared, message, delivery, args, kwargs)
         finally:
+            delivery.show_options()  # where an interrupt kept the body from doing so
             self._calm(message, delivery)
             instrumentation.conflicts.reset(events)
             current_work.reset(work)
@@ -340,7 +343,7 @@ class _Body:
 
         def body(*args: Any, **kwargs: Any) -> Any:
             delivery.refuse_second_run()
-            with _ToItself(delivery.options):
+            with _ToItself(delivery):
                 result = self._fn(*args, **kwargs)
             failure = delivery.note_run(result)  # which a time limit may end: results can hang
             self._disarm(message, delivery)
@@ -355,7 +358,7 @@ class _Body:
         async def body(*args: Any, **kwargs: Any) -> Any:
             if delivery.may_have_run:
                 await call(delivery.refuse_second_run)
-            with _ToItself(delivery.options):
+            with _ToItself(delivery):
                 result = await self._inner(*args, **kwargs)
             # Where it was cancelled Dramatiq has given it up, and tries again.
             if delivery.has_result and not _is_cancelled():
@@ -401,18 +404,17 @@ async def _ameet(message: Any, delivery: Delivery, guard: Guard, conflict: LockA
 class _ToItself:
     """Leaves the body to itself: it neither sees our options, nor do its own conflicts wait."""
 
-    __slots__ = ("_events", "_hidden", "_options")
+    __slots__ = ("_delivery", "_events")
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
-        self._hidden: dict[str, Any] = {}
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
 
     def __enter__(self) -> None:
         self._events = instrumentation.conflicts.set(None)
-        self._hidden = requeue.hide_options(self._options)
+        self._delivery.hide_options()
 
     def __exit__(self, *_: object) -> None:
-        self._options.update(self._hidden)
+        self._delivery.show_options()
         instrumentation.conflicts.reset(self._events)
 
 

@@ -13,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 from dramatiq.middleware import Callbacks, GroupCallbacks, Pipelines, TimeLimit
@@ -30,11 +29,9 @@ SETTLING, _LOOK = 1.0, 0.02
 #: What is noted: the body's result; that those who go on from the message were told.
 _RAN, _TOLD = "ran", "told"
 
-#: The delivery of this thread whose message has its result, and is not acknowledged yet.
-_ended: ContextVar[Delivery | None] = ContextVar("concurrency_safe_ended", default=None)
-
-#: Whether a middleware failed to do its part after this thread's message, as one does while the broker is away.
-_hook_failed: ContextVar[bool] = ContextVar("concurrency_safe_hook_failed", default=False)
+#: The attribute of a message that is its delivery, once it has its result. No context variable: an actor may run in a
+#: context of its own, which ends before the message is acknowledged.
+_ENDED = "concurrency_safe_ended"
 
 #: An attribute of a hook that is watched.
 _WATCHED = "concurrency_safe_watched"
@@ -67,7 +64,17 @@ class HasRun(Exception):
 class Delivery:
     """One delivery of a message: whether it has run before, and what becomes of it."""
 
-    __slots__ = ("_broker", "_is_noted", "_message", "_results", "is_undisturbed", "options", "work")
+    __slots__ = (
+        "_broker",
+        "_hidden",
+        "_is_noted",
+        "_message",
+        "_results",
+        "is_told",
+        "is_undisturbed",
+        "options",
+        "work",
+    )
 
     def __init__(self, broker: Any, message: Any) -> None:
         """Look for the middleware that keeps results; nobody is asked yet."""
@@ -81,7 +88,10 @@ class Delivery:
             if isinstance(one, Results):
                 self._results = one
                 break
+        self._hidden = requeue.ours_of(self.options)
         self._is_noted = False
+        #: Whether all did their part that go on from the message; a middleware fails at it while the broker is away.
+        self.is_told = True
         #: Whether Dramatiq has no reason left to interrupt it.
         self.is_undisturbed = False
 
@@ -147,17 +157,21 @@ class Delivery:
         """Remember that it has its result, until it is acknowledged; note it where the body did not (a skip)."""
         if not self._is_noted:
             self.tell_unnoted(self.note_run(result))
-        _ended.set(self)
-        _hook_failed.set(False)
+        setattr(self._message, _ENDED, self)
 
     def note_told(self) -> None:
-        """Note that those that go on from the message were told."""
-        if self.has_result and self._goes_on():
+        """Note that those that go on from the message were told, if they were."""
+        if self.is_told and self.has_result and self._goes_on():
             self._results.backend.store_result(_note(self._message, _TOLD), None, self._ttl())
 
-    def is_of(self, message: Any) -> bool:
-        """Say whether it is the delivery of this very object."""
-        return self._message is message
+    def hide_options(self) -> None:
+        """Hide our options from the body: a message that it makes of this one, and sends, is another one."""
+        for name in self._hidden:
+            self.options.pop(name, None)
+
+    def show_options(self) -> None:
+        """Give them back. Twice is the same as once."""
+        self.options.update(self._hidden)
 
     def _goes_on(self) -> bool:
         """Say whether anything goes on from the message."""
@@ -190,11 +204,13 @@ def watch_hooks(broker: Any) -> None:
 
 def _watched(hook: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(hook)
-    def watched(*args: Any, **kwargs: Any) -> None:
+    def watched(broker: Any, message: Any, **kwargs: Any) -> None:
         try:
-            hook(*args, **kwargs)
+            hook(broker, message, **kwargs)
         except BaseException:
-            _hook_failed.set(True)
+            delivery = getattr(message, _ENDED, None)
+            if delivery is not None:
+                delivery.is_told = False
             raise
 
     setattr(watched, _WATCHED, True)
@@ -202,9 +218,9 @@ def _watched(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def note_told(message: Any) -> None:
-    """Note that those that go on from `message` were told, just before it is acknowledged; unless that failed."""
-    delivery = _ended.get()
-    if delivery is not None and delivery.is_of(message) and not _hook_failed.get():
+    """Note that those that go on from `message` were told, just before it is acknowledged."""
+    delivery = getattr(message, _ENDED, None)
+    if delivery is not None:
         delivery.note_told()
 
 

@@ -123,9 +123,9 @@ def entry(message: Any) -> str:
     return str(message.options.get(ENTRY, ""))
 
 
-def hide_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take our own from the options of a message, and give them: what its body makes of it, and sends, is another."""
-    return {name: options.pop(name) for name in _OURS if name in options}
+def ours_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Give our own among the options of a message."""
+    return {name: options[name] for name in _OURS if name in options}
 
 
 def is_copy(message: Any) -> bool:
