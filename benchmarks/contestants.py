@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +25,17 @@ LIBRARIES, NEWER, PREDECESSOR = PEERS / "libraries", PEERS / "newer/bin/python",
 #: What the process of a contestant says that can't be had here.
 ABSENT = "absent"
 
+#: Under which name it tells the version of its Python.
+PYTHON = "CPython"
+
 
 class Entry(NamedTuple):
     """How a contestant is run.
 
     `make`: takes locks, also in many threads and processes; `pairs`: takes one in a way of its own. `django`: it needs
     Django set up; `python`: the interpreter; `first`: where its modules are looked for before ours; `redis`: it is no
-    PostgreSQL's; `beside`: whose process it shares, so that what the processes differ in does not tell them apart.
+    PostgreSQL's; `beside`: whose process it shares, so that what the processes differ in does not tell them apart;
+    `libraries`: the distributions whose versions matter.
     """
 
     make: Make | None = None
@@ -40,29 +45,37 @@ class Entry(NamedTuple):
     first: Path | None = None
     redis: bool = False
     beside: str | None = None
+    libraries: tuple[str, ...] = ("psycopg",)
 
 
-YARDSTICK, OURS = "psycopg, prepared pair", "with lock(...)"
+#: What ratios are to: of a lock that nobody else wants, and of locks that are waited for.
+YARDSTICK, BLOCKING = "psycopg, prepared pair", "psycopg, blocking"
+OURS = "with lock(...)"
 DECORATED, ASYNC, TRANSACTION = "@concurrency_safe", "async with lock(...)", "lock in a transaction"
 
 CONTESTANTS: dict[str, Entry] = {
-    YARDSTICK: Entry(yardsticks.psycopg_lock, yardsticks.psycopg_pairs),
+    YARDSTICK: Entry(pairs=yardsticks.psycopg_pairs),
+    BLOCKING: Entry(yardsticks.psycopg_lock),
     "libpq alone": Entry(pairs=yardsticks.libpq_pairs),
-    OURS: Entry(yardsticks.ours, django=True),
+    OURS: Entry(yardsticks.ours, django=True, libraries=("psycopg", "Django")),
     DECORATED: Entry(pairs=yardsticks.decorated_pairs, beside=OURS),
     ASYNC: Entry(pairs=yardsticks.async_pairs, beside=OURS),
     TRANSACTION: Entry(pairs=yardsticks.transaction_pairs, beside=OURS),
-    "predecessor 0.0.2": Entry(rivals.predecessor, django=True, first=PREDECESSOR),
-    "django-pglock": Entry(rivals.django_pglock, django=True),
-    "django-pglock, transaction": Entry(pairs=rivals.django_pglock_transaction, django=True),
-    "django-pgware": Entry(rivals.django_pgware, django=True),
-    "sqlalchemy-dlock": Entry(rivals.sqlalchemy_dlock),
-    "pals": Entry(rivals.pals),
-    "postgresql-lock": Entry(
-        rivals.postgresql_lock, python=NEWER if sys.version_info < (3, 12) else Path(sys.executable)
+    "predecessor 0.0.2": Entry(rivals.predecessor, django=True, first=PREDECESSOR, libraries=("psycopg", "Django")),
+    "django-pglock": Entry(rivals.django_pglock, django=True, libraries=("django-pglock",)),
+    "django-pglock, transaction": Entry(
+        pairs=rivals.django_pglock_transaction, django=True, libraries=("django-pglock",)
     ),
-    "redis-py Lock": Entry(rivals.redis_py, redis=True),
-    "python-redis-lock": Entry(rivals.python_redis_lock, redis=True),
+    "django-pgware": Entry(rivals.django_pgware, django=True, libraries=("django-pgware",)),
+    "sqlalchemy-dlock": Entry(rivals.sqlalchemy_dlock, libraries=("sqlalchemy-dlock", "SQLAlchemy")),
+    "pals": Entry(rivals.pals, libraries=("PALs", "SQLAlchemy")),
+    "postgresql-lock": Entry(
+        rivals.postgresql_lock,
+        python=NEWER if sys.version_info < (3, 12) else Path(sys.executable),
+        libraries=("postgresql-lock", "psycopg"),
+    ),
+    "redis-py Lock": Entry(rivals.redis_py, redis=True, libraries=("redis",)),
+    "python-redis-lock": Entry(rivals.python_redis_lock, redis=True, libraries=("python-redis-lock", "redis")),
 }
 
 #: Those that can wait, and be used by many threads and processes.
@@ -74,20 +87,24 @@ class Contestant:
 
     def __init__(self, name: str, place: Place, beside: Contestant | None = None) -> None:
         """Start it, or share the process of `beside`; `is_there` says whether it can be had."""
-        python = CONTESTANTS[name].python
+        needed = [CONTESTANTS[name].python, CONTESTANTS[name].first]
         self.name = name
+        self.versions: dict[str, str] = {}
         self._process: subprocess.Popen[str] | None = None
         if beside is not None:
             self._process = beside.process
-        elif python.exists():
+        elif all(path is None or path.exists() for path in needed):
             self._process = subprocess.Popen(
-                [str(python), "-m", "benchmarks.stage", name, json.dumps(place)],
+                [str(CONTESTANTS[name].python), "-m", "benchmarks.stage", name, json.dumps(place)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            if self.hear() == ABSENT:
+            answer = self.hear()
+            if answer == ABSENT:
                 self.close()
+            else:
+                self.versions = answer
 
     @property
     def is_there(self) -> bool:
@@ -132,15 +149,27 @@ class Contestant:
 
 
 @contextmanager
-def contestants(names: Iterable[str], place: Place) -> Iterator[dict[str, Contestant]]:
-    """Start those of `names` that can be had."""
+def contestants(names: Iterable[str], place: Place | Mapping[str, Place]) -> Iterator[dict[str, Contestant]]:
+    """Start those of `names` that can be had, in one place, or each in a place of its own."""
     running: dict[str, Contestant] = {}
     try:
         for name in names:
-            one = Contestant(name, place, running.get(CONTESTANTS[name].beside or ""))
+            where = place if isinstance(place, Place) else place[name]
+            one = Contestant(name, where, running.get(CONTESTANTS[name].beside or ""))
             if one.is_there:
                 running[name] = one
         yield running
     finally:
         for one in running.values():
             one.close()
+
+
+def versions(running: Iterable[Contestant]) -> list[str]:
+    """Give the libraries of `running` and their versions; and the Python of those that have another one than we."""
+    found: dict[str, None] = {}  # in order, each once
+    for one in running:
+        libraries = dict(one.versions)
+        python = libraries.pop(PYTHON, platform.python_version())
+        where = "" if python == platform.python_version() else f" (on {PYTHON} {python})"
+        found |= dict.fromkeys(f"{name} {version}{where}" for name, version in libraries.items())
+    return list(found)

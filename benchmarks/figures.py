@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.contestants import LIBRARIES, OURS, YARDSTICK
+from benchmarks.contestants import BLOCKING, LIBRARIES, OURS, YARDSTICK
 
 
 class Spread(NamedTuple):
@@ -47,27 +47,55 @@ def table(head: str, rows: Iterable[str]) -> list[str]:
     return [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1), *(f"| {row} |" for row in rows), ""]
 
 
-def publish(name: str, title: str, lines: Sequence[str], docs: Path | None, picture: str = "") -> None:
-    """Print `lines`; with `docs`, write them there as a page, with the machine and what the picture shows."""
+def not_installed(names: Sequence[str]) -> list[str]:
+    """Name those that could not be had, if any."""
+    return [f"Not installed, so not measured: {', '.join(names)}.", ""] if names else []
+
+
+def publish(
+    name: str, title: str, lines: Sequence[str], docs: Path | None, picture: str = "", versions: Sequence[str] = ()
+) -> None:
+    """Print `lines`; with `docs`, write them there as a page, with the machine and what the picture shows.
+
+    `versions`: of the servers and libraries that were measured.
+    """
     print("\n".join(lines), flush=True)
     if docs is not None:
         shown = [f"![{picture}]({name}.png)", ""] if picture and (docs / f"{name}.png").exists() else []
-        page = [f"# {title}", "", f"`python -m benchmarks.{name}`, on {machine()}.", "", *shown, *lines]
+        page = [f"# {title}", "", f"`python -m benchmarks.{name}`, on {machine(versions)}.", "", *shown, *lines]
         (docs / f"{name}.md").write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
 
 
-def machine() -> str:
+def machine(versions: Sequence[str] = ()) -> str:
     """Describe where it was measured, and what."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return (
-        f"{os.cpu_count()} processors, CPython {platform.python_version()}, commit {done.stdout.strip() or 'unknown'}"
-    )
+    python = f"CPython {platform.python_version()}"
+    return ", ".join([f"{os.cpu_count()} processors{_model()}", python, *versions, f"commit {_commit()}"])
+
+
+def _model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return f" ({', '.join(sorted(names))})" if names else ""
+
+
+def _commit() -> str:
+    """Name the commit, and say whether more has changed since than pages such as the one that we write."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs")
+    return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def color(name: str) -> str:
-    """Give ours one color in all pictures, the yardstick another one."""
-    return {OURS: "tab:orange", YARDSTICK: "black"}.get(name, "tab:gray")
+    """Give ours one color in all pictures, the yardsticks another one."""
+    return {OURS: "tab:orange", YARDSTICK: "black", BLOCKING: "black"}.get(name, "tab:gray")
 
 
 def pyplot() -> Any:
@@ -109,7 +137,7 @@ def draw_lines(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float]
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), sharey=True, squeeze=False)
     for axes, (title, lines) in zip(all_axes[0], panels.items(), strict=True):
         for number, (name, points) in enumerate(lines.items()):
-            known = name in (OURS, YARDSTICK)
+            known = name in (OURS, YARDSTICK, BLOCKING)
             axes.plot(
                 list(points),
                 list(points.values()),

@@ -90,7 +90,9 @@ def sqlalchemy_dlock(place: Place, stack: ExitStack) -> Lock:
     import sqlalchemy
     from sqlalchemy_dlock import create_sadlock
 
-    connection = stack.enter_context(sqlalchemy.create_engine(_for_sqlalchemy(place.dsn)).connect())
+    engine = sqlalchemy.create_engine(_for_sqlalchemy(place.dsn))
+    stack.callback(engine.dispose)
+    connection = stack.enter_context(engine.connect())
     one = functools.partial(create_sadlock, connection)
     return Lock(one, one)
 

@@ -11,17 +11,24 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from benchmarks.contestants import ABSENT, CONTESTANTS, LIBRARIES
+from benchmarks import yardsticks
+from benchmarks.contestants import ABSENT, CONTESTANTS, LIBRARIES, PYTHON
 from benchmarks.rivals import Lock, Make, Pairs, Place
 from benchmarks.yardsticks import KEY
+
+#: Seconds until threads that do not come are a failure.
+LIMIT = 120.0
 
 _fork = multiprocessing.get_context("fork")
 
@@ -44,8 +51,11 @@ class Stage:
         if entry.make is not None:
             with ExitStack() as trial:  # it is found missing now, or never
                 entry.make(place, trial).brief(KEY)
+        self.versions = {name: version(name) for name in entry.libraries} | {PYTHON: platform.python_version()}
         self._others: list[Any] = []
         self._pipes: list[Any] = []
+        self._crew: list[threading.Thread] = []
+        self._leave = threading.Event()
 
     @property
     def make(self) -> Make:
@@ -53,52 +63,76 @@ class Stage:
         assert self._make is not None  # noqa: S101 - the benchmark asks `LOCKS` alone
         return self._make
 
+    @cached_property
+    def lock(self) -> Lock:
+        """How this thread takes its locks, one beside another."""
+        return self.make(self._place, self._stack)
+
     def pairs(self, name: str, pairs: int) -> list[int]:
         """Take and release the lock, which nobody else wants; give the nanoseconds of each."""
         if name not in self._pairs:
-            self._pairs[name] = _sampled(self.make(self._place, self._stack))
+            self._pairs[name] = _sampled(self.lock)
         return self._pairs[name](pairs)
 
     def hold_others(self, held: int) -> int:
-        """Take so many other locks of ours, in place of those taken before."""
-        from concurrency_safe import configure, lock
+        """Hold so many other locks, in place of as many as it held before."""
+        if self.make is yardsticks.ours:
+            from concurrency_safe import configure
 
-        configure(max_held=held + 100)
-        for one in self._others:
-            one.release()
-        self._others = [lock(("held", one)).acquire() for one in range(held)]
+            configure(max_held=held + 100)
+        while len(self._others) > held:
+            self._others.pop().__exit__(None, None, None)
+        while len(self._others) < held:
+            other = self.lock.brief(f"{KEY}:held:{len(self._others)}")
+            other.__enter__()
+            self._others.append(other)
         return held
 
-    def threads(self, threads: int, keys: int, seconds: float) -> float:
-        """Let `threads` take locks for so long, each the next key after its last one; give locks a second."""
-        done = [0] * threads
-        ready = threading.Barrier(threads + 1)
+    def threads(self, threads: int, keys: int, seconds: float) -> tuple[float, list[int]]:
+        """Let `threads` take locks for so long, each the next key after its last one, then stay until `leave`.
+
+        Returns: locks a second, and the nanoseconds of each, from before it was wanted until it was released; those
+        that were wanted at the end are waited for, and are among them.
+        """
+        taken: list[list[int]] = [[] for _ in range(threads)]
+        together = threading.Barrier(threads + 1, timeout=LIMIT)
         over = threading.Event()
 
         def work(number: int) -> None:
+            mine = taken[number]
             with ExitStack() as stack:
                 patient = self.make(self._place, stack).patient
                 with patient(f"{KEY}:warm:{number}"):  # it has its connection
                     pass
-                ready.wait()
-                for turn in itertools.count():
-                    if over.is_set():
-                        return
-                    with patient(f"{KEY}:{(number + turn) % keys}"):
+                together.wait()
+                for turn in itertools.count(number):
+                    began = time.perf_counter_ns()
+                    with patient(f"{KEY}:{turn % keys}"):
                         pass
-                    done[number] += 1
+                    mine.append(time.perf_counter_ns() - began)
+                    if over.is_set():
+                        break
+                together.wait()
+                self._leave.wait()
 
-        crew = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-        for one in crew:
+        self._leave.clear()
+        self._crew = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+        for one in self._crew:
             one.start()
-        ready.wait()
+        together.wait()
         began = time.monotonic()
         over.wait(seconds)
-        rate = sum(done) / (time.monotonic() - began)
+        rate = sum(map(len, taken)) / (time.monotonic() - began)
         over.set()
-        for one in crew:
+        together.wait()
+        return rate, list(itertools.chain(*taken))
+
+    def leave(self) -> str:
+        """Let the threads close what they opened."""
+        self._leave.set()
+        for one in self._crew:
             one.join()
-        return rate
+        return "over"
 
     def crew(self, waiters: int, seconds: float) -> list[tuple[float, float, int]]:
         """Let `waiters` + 1 processes want one lock for so long; give when each got it and left it, in order."""
@@ -110,20 +144,21 @@ class Stage:
             pipe.send(until)
         return sorted((got, left, number) for number, pipe in enumerate(pipes) for got, left in pipe.recv())
 
-    def block(self) -> str:
-        """Let one process hold the lock, and another one wait behind it, until `let_go`."""
-        self._pipes = [self._start(_hold_until_told) for _ in range(2)]
-        self._pipes[0].send("go")
-        self._pipes[0].recv()
-        self._pipes[1].send("go")
-        return "blocked"
-
-    def let_go(self) -> str:
-        """Let the holder release, then the other one."""
+    def line_up(self, size: int) -> str:
+        """Start `size` processes that take a step whenever they are told: they take the lock, release it, and end."""
+        self._pipes = [self._start(_step) for _ in range(size)]
         for pipe in self._pipes:
-            pipe.send("release")
-        self._pipes[1].recv()
-        return "over"
+            pipe.recv()
+        return "ready"
+
+    def step(self, number: int) -> str:
+        """Let this process of the line go on to its next step."""
+        self._pipes[number].send("go on")
+        return "told"
+
+    def said(self, number: int) -> Any:
+        """Wait for what this process says after its step: when it wanted the lock and when it got it; or nothing."""
+        return self._pipes[number].recv()
 
     def _start(self, work: Callable[[Make, Place, Any], None]) -> Any:
         here, there = _fork.Pipe()
@@ -131,7 +166,7 @@ class Stage:
         return here
 
 
-COMMANDS = ("pairs", "hold_others", "threads", "crew", "block", "let_go")
+COMMANDS = ("pairs", "hold_others", "threads", "leave", "crew", "line_up", "step", "said")
 
 
 def _sampled(lock: Lock) -> Pairs:
@@ -166,13 +201,19 @@ def _contend(make: Make, place: Place, pipe: Any) -> None:
         pipe.send(seen)
 
 
-def _hold_until_told(make: Make, place: Place, pipe: Any) -> None:
+def _step(make: Make, place: Place, pipe: Any) -> None:
     with ExitStack() as stack:
         patient = make(place, stack).patient
+        with patient(f"{KEY}:warm:{os.getpid()}"):
+            pass
+        pipe.send("ready")
         pipe.recv()
+        wanted = time.monotonic()
         with patient(KEY):
-            pipe.send("held")
+            pipe.send((wanted, time.monotonic()))
             pipe.recv()
+        pipe.send(None)
+        pipe.recv()  # what it asks when it closes its connection is no part of the wait
 
 
 def use_django(dsn: str) -> None:
@@ -184,7 +225,7 @@ def use_django(dsn: str) -> None:
     query = parse_qs(where.query)
     database = {
         "ENGINE": "django.db.backends.postgresql",
-        "NAME": "postgres",
+        "NAME": where.path[1:],
         "USER": "postgres",
         "HOST": where.hostname or query["host"][0],
         "PORT": where.port or query["port"][0],
@@ -202,7 +243,7 @@ def main(name: str, place: Place) -> None:
             stage: Stage | None = Stage(name, place, stack)
         except (ImportError, SyntaxError):  # the latter: written for a later Python
             stage = None
-        print(json.dumps("ready" if stage else ABSENT), file=answers, flush=True)
+        print(json.dumps(stage.versions if stage else ABSENT), file=answers, flush=True)
         for line in sys.stdin:
             command, *arguments = json.loads(line)
             if command in COMMANDS:

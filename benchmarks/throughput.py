@@ -1,105 +1,167 @@
 """How many locks a process takes in a second, with 1 to 64 threads, on one key and on many; and how many connections.
 
-    python -m benchmarks.throughput [--milliseconds 600] [--rounds 2] [--docs FOLDER]
+    python -m benchmarks.throughput [--milliseconds 300] [--rounds 6] [--docs FOLDER]
 
-Each contestant's process is started anew for each measurement, and they take turns. The ratio is to psycopg with a
-connection for each thread. Then: what a lock costs while the process holds up to 10 000 others.
+Each contestant is a process, and they take turns; it is bound to one processor and the servers to another. The ratio is
+the median of those of each round, to psycopg with a connection for each thread, `pg_advisory_lock` and
+`pg_advisory_unlock`, prepared. The times are those of a lock from before it is wanted until it is released, so most of
+them are for waiting where threads are more than keys; who waits at the end of a turn has little to wait for any more,
+so a lock that lets some wait for very long would do so for longer. Each contestant has a database of its own, by which
+its connections are counted. Then: what a lock that nobody else wants costs while up to 10 000 others are held by the
+same process (on the same connection, but for ours); the ratio is to the same without others in the same round.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
-import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import psycopg
 
-from benchmarks import figures
-from benchmarks.contestants import CONTESTANTS, LOCKS, OURS, YARDSTICK, Contestant
+from benchmarks import figures, servers
+from benchmarks.contestants import BLOCKING, CONTESTANTS, LOCKS, OURS, Contestant, contestants, versions
+from benchmarks.figures import Spread
 from benchmarks.rivals import Place
+from benchmarks.servers import bind
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 
-THREADS, KEYS = (1, 4, 16, 64), (1, 4, 16, 64)
+#: One thread goes from key to key as on a single one, so it is measured on that alone.
+THREADS, KEYS = (4, 16, 64), (1, 64)
+ALONE = (1, 1)
+
+#: Who holds others beside, and how many.
+HOLDERS = (BLOCKING, OURS, "django-pglock", "postgresql-lock")
 HELD = (0, 1, 10, 100, 1000, 10_000)
+
+#: Locks taken for one figure of those.
+PAIRS = 200
 
 #: Room for 10 000 locks.
 SERVER = {"max_locks_per_transaction": "256"}
 
-CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = %s"
 
 
-class Rate(NamedTuple):
-    """Locks a second, and the connections to PostgreSQL that were used for them."""
+class Turn(NamedTuple):
+    """Locks a second; the microseconds of each; and the connections to PostgreSQL that were used for them."""
 
-    locks: float
+    rate: float
+    taken: list[float]
     connections: int
 
 
-def rate(name: str, place: Place, threads: int, keys: int, seconds: float, watch: psycopg.Cursor[Any]) -> Rate | None:
-    """Let the contestant's `threads` take locks for so long; None: it can't be had."""
-    before = (watch.execute(CONNECTIONS).fetchone() or (0,))[0]
-    one = Contestant(name, place)
-    if not one.is_there:
-        return None
-    one.tell("threads", threads, keys, seconds)
-    time.sleep(seconds / 2)
-    used = (watch.execute(CONNECTIONS).fetchone() or (0,))[0] - before
-    locks: float = one.hear()
-    one.close()
-    while (watch.execute(CONNECTIONS).fetchone() or (0,))[0] > before:
-        pass  # the server takes a moment to notice
-    return Rate(locks, used)
+class Found(NamedTuple):
+    """Of all turns: locks a second, the ratio to the yardstick, microseconds, and connections."""
+
+    rate: float
+    ratio: float
+    spread: Spread
+    connections: int
 
 
-def beside(place: Place, rounds: int) -> dict[int, float]:
-    """Give the microseconds of a lock while its process holds others."""
-    one = Contestant(OURS, place)
-    found: dict[int, list[float]] = {held: [] for held in HELD}
-    for _, held in itertools.product(range(rounds), HELD):
-        one.ask("hold_others", held)
-        found[held].append(statistics.median(one.pairs(200)) / 1000)
-    one.close()
-    return {held: statistics.median(costs) for held, costs in found.items()}
+def places(server: PostgresServer, valkey: ValkeyServer) -> dict[str, Place]:
+    """Give each contestant a database, named by its number."""
+    found = {}
+    for number, name in enumerate(LOCKS):
+        server.create_database(f"bench{number}")
+        found[name] = Place(server.socket_dsn.replace("/postgres?", f"/bench{number}?"), valkey.url)
+    return found
+
+
+def turn(one: Contestant, threads: int, keys: int, seconds: float, watch: psycopg.Cursor[Any]) -> Turn:
+    """Let the contestant's `threads` take locks for so long."""
+    rate, taken = one.ask("threads", threads, keys, seconds)
+    used = connections(one, watch)
+    one.ask("leave")
+    return Turn(rate, [each / 1000 for each in taken], used)
+
+
+def connections(one: Contestant, watch: psycopg.Cursor[Any]) -> int:
+    """Count those that a contestant has to its database."""
+    (count,) = watch.execute(CONNECTIONS, [f"bench{LOCKS.index(one.name)}"]).fetchone() or (0,)
+    return int(count)
+
+
+def measure(
+    running: Mapping[str, Contestant], threads: int, keys: int, rounds: int, seconds: float, watch: psycopg.Cursor[Any]
+) -> dict[str, Found]:
+    """Let all take turns."""
+    seen = [{name: turn(one, threads, keys, seconds, watch) for name, one in running.items()} for _ in range(rounds)]
+    return {
+        name: Found(
+            statistics.median(each[name].rate for each in seen),
+            statistics.median(each[name].rate / each[BLOCKING].rate for each in seen),
+            Spread.of(itertools.chain(*(each[name].taken for each in seen))),
+            max(each[name].connections for each in seen),
+        )
+        for name in running
+    }
+
+
+def rows(threads: int, found: Mapping[str, Found]) -> Iterator[str]:
+    """Give the rows of a table."""
+    for name, each in found.items():
+        used = "-" if CONTESTANTS[name].redis else each.connections
+        yield f"{threads} | {name} | {each.rate:.0f} | {each.ratio:.2f} | {each.spread} | {used}"
+
+
+def beside(running: Iterable[Contestant], rounds: int, watch: psycopg.Cursor[Any]) -> Iterator[str]:
+    """Give the rows of a table: what a lock costs while others are held."""
+    seen: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
+    for _, one in itertools.product(range(rounds), running):
+        without = 0.0
+        for held in HELD:
+            one.ask("hold_others", held)
+            cost = statistics.median(one.pairs(PAIRS)) / 1000
+            without = without or cost
+            seen.setdefault((one.name, held), []).append((cost, cost / without, connections(one, watch)))
+        one.ask("hold_others", 0)
+    for (name, held), each in sorted(seen.items(), key=lambda item: HELD.index(item[0][1])):
+        cost, ratio = statistics.median(one[0] for one in each), statistics.median(one[1] for one in each)
+        used = min(one[2] for one in each)  # some stay for a while after others are held
+        yield f"{held} | {name} | {cost:.0f} | {ratio:.2f} | {used}"
 
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = figures.parser(__doc__, rounds=2, milliseconds=600)
+    parser = figures.parser(__doc__, rounds=6, milliseconds=300)
     options = parser.parse_args()
-    seen: dict[tuple[int, int, str], list[Rate]] = {}
+    first, second = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+    where = first, second
+    seconds = options.milliseconds / 1000
+    found: dict[tuple[int, int], dict[str, Found]] = {}
     with PostgresServer(SERVER) as server, ValkeyServer() as valkey:
-        place = Place(server.socket_dsn, valkey.url)
         watch = psycopg.connect(server.socket_dsn, autocommit=True).cursor()
-        for keys, threads, _ in itertools.product(KEYS, THREADS, range(options.rounds)):
-            for name in LOCKS:
-                found = rate(name, place, threads, keys, options.milliseconds / 1000, watch)
-                if found is not None:
-                    seen.setdefault((keys, threads, name), []).append(found)
-        costs = beside(place, max(3, options.rounds))
-    median = {where: statistics.median(each.locks for each in rates) for where, rates in seen.items()}
-    lines = []
+        databases = places(server, valkey)
+        with contestants(LOCKS, databases) as running:
+            missing = [name for name in LOCKS if name not in running]
+            measured = [*servers.versions(server, valkey), *versions(running.values())]
+            bind(running.values(), (server, valkey), where)
+            for threads, keys in [ALONE, *itertools.product(THREADS, KEYS)]:  # some keep the connections they had
+                found[threads, keys] = measure(running, threads, keys, options.rounds, seconds, watch)
+        with contestants(HOLDERS, databases) as running:
+            bind(running.values(), (server, valkey), where)
+            held = list(beside(running.values(), options.rounds, watch))
+    head = f"lock | locks a second | of {BLOCKING} | µs median | p95 | p99 | connections"
+    lines = figures.table(f"one thread | {head}", rows(1, found[ALONE]))
     for keys in KEYS:
-        rows = []
-        for (there, threads, name), rates in seen.items():
-            if there == keys:
-                locks = median[keys, threads, name]
-                used = "-" if CONTESTANTS[name].redis else max(each.connections for each in rates)
-                ratio = locks / median[keys, threads, YARDSTICK]
-                rows.append(f"{threads} | {name} | {locks:.0f} | {ratio:.2f} | {used}")
-        head = f"threads, {keys} key{'s' * (keys > 1)} | lock | locks a second | of psycopg's | connections"
-        lines += figures.table(head, rows)
-    held = (f"{number} | {cost:.0f} | {cost / costs[0]:.2f}" for number, cost in costs.items())
-    lines += figures.table("locks held beside | µs a lock | of none", held)
+        these = (row for threads in THREADS for row in rows(threads, found[threads, keys]))
+        lines += figures.table(f"threads, {keys} key{'s' * (keys > 1)} | {head}", these)
+    lines += figures.table("locks held beside | lock | µs a lock | of its own without | connections", held)
+    lines += figures.not_installed(missing)
     if options.docs:
         panels = {
             f"{keys} key{'s' * (keys > 1)}": {
-                name: {n: median[keys, n, name] for n in THREADS if (keys, n, name) in median} for name in LOCKS
+                name: {1: alone.rate} | {threads: found[threads, keys][name].rate for threads in THREADS}
+                for name, alone in found[ALONE].items()
             }
-            for keys in (KEYS[0], KEYS[-1])
+            for keys in KEYS
         }
         figures.draw_lines(options.docs / "throughput.png", panels, "threads", "locks a second")
-    figures.publish("throughput", "Locks a second", lines, options.docs, "locks a second over threads")
+    figures.publish("throughput", "Locks a second", lines, options.docs, "locks a second over threads", measured)
 
 
 if __name__ == "__main__":

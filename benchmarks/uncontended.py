@@ -15,16 +15,22 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
 
-import psycopg
-import redis
-
-from benchmarks import figures
-from benchmarks.contestants import ASYNC, CONTESTANTS, DECORATED, OURS, TRANSACTION, YARDSTICK, Contestant, contestants
+from benchmarks import figures, servers
+from benchmarks.contestants import (
+    ASYNC,
+    CONTESTANTS,
+    DECORATED,
+    OURS,
+    TRANSACTION,
+    YARDSTICK,
+    Contestant,
+    contestants,
+    versions,
+)
 from benchmarks.figures import Spread
 from benchmarks.rivals import Place
+from benchmarks.servers import bind, bind_processes, family, listening
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 
 #: The nanoseconds of each pair, by contestant and turn.
@@ -42,29 +48,6 @@ def turns(running: Mapping[str, Contestant], rounds: int, pairs: int) -> Samples
         for name, one in running.items():
             seen[name].append(one.pairs(pairs))
     return seen
-
-
-def bind(
-    running: Iterable[Contestant], servers: Iterable[PostgresServer | ValkeyServer], where: tuple[int, int]
-) -> None:
-    """Bind the contestants to the first processor of `where`, the servers and all their processes to the second."""
-    client, server = where
-    for one in running:
-        os.sched_setaffinity(one.process.pid, {client})
-    for pid in _family({one.pid for one in servers}):
-        with suppress(ProcessLookupError):  # a process of the server's own, which has just ended
-            os.sched_setaffinity(pid, {server})
-
-
-def _family(pids: set[int]) -> set[int]:
-    """Give `pids` and their children; their threads are not looked for, since no server here has any that matter."""
-    children = set()
-    for entry in Path("/proc").iterdir():
-        with suppress(ValueError, OSError):
-            pid = int(entry.name)
-            if int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) in pids:
-                children.add(pid)
-    return pids | children
 
 
 def ratios(seen: Samples, to: str = YARDSTICK) -> dict[str, float]:
@@ -105,46 +88,12 @@ def statements(
     server: PostgresServer, valkey: ValkeyServer, running: Mapping[str, Contestant], pairs: int
 ) -> Iterable[str]:
     """Give the rows of a table: what a pair of each contestant asks its server."""
-    client = redis.Redis.from_url(valkey.url)
-    with logged_statements(server):
-        for name, one in running.items():
+    for name, one in running.items():
+        with listening(server, valkey, name) as heard:
             one.pairs(1)
-            before = asked(server, client, name)
+            heard()
             one.pairs(pairs)
-            yield f"{name} | {(asked(server, client, name) - before) / pairs:.1f}"
-
-
-class logged_statements:  # noqa: N801 - used as a function
-    """PostgreSQL logs every statement meanwhile."""
-
-    def __init__(self, server: PostgresServer) -> None:
-        """Of `server`."""
-        self._dsn = server.dsn
-
-    def __enter__(self) -> None:
-        """Begin; a new connection's own first statements are in the log, too."""
-        self._set("all")
-
-    def __exit__(self, *_: object) -> None:
-        """End."""
-        self._set("none")
-
-    def _set(self, what: str) -> None:
-        with psycopg.connect(self._dsn, autocommit=True) as connection:
-            connection.execute(f"ALTER SYSTEM SET log_statement = '{what}'")
-            connection.execute("SELECT pg_reload_conf()")
-            while connection.execute("SHOW log_statement").fetchone() != (what,):
-                pass
-        # The others read it before their next statement.
-
-
-def asked(server: PostgresServer, client: redis.Redis, name: str) -> int:
-    """Count what the server of contestant `name` was asked so far."""
-    if CONTESTANTS[name].redis:
-        count: int = client.info("stats")["total_commands_processed"]  # type: ignore[index,unused-ignore]
-        return count
-    log = server.log.read_bytes()
-    return log.count(b"LOG:  execute ") + log.count(b"LOG:  statement: ")
+            yield f"{name} | {sum(heard().values()) / pairs:.1f}"
 
 
 def main() -> None:
@@ -167,8 +116,8 @@ def main() -> None:
             bind(running.values(), both, (first, second))
             held = {number: beside_held(running[OURS], number, 5, options.pairs) for number in (10, 100, options.held)}
             counts = list(statements(server, valkey, running, 20))
-        for pid in _family({server.pid, valkey.pid}):
-            os.sched_setaffinity(pid, {first, second})
+            measured = [*servers.versions(server, valkey), *versions(running.values())]
+        bind_processes(family(both), {first, second})
         unbound = []
         for _ in range(options.starts):
             with contestants(CONTESTANTS, place) as running:
@@ -183,12 +132,13 @@ def main() -> None:
             )
     lines += figures.table("locks held beside | of the cost without", (f"{n} | {r:.2f}" for n, r in held.items()))
     lines += figures.table("lock | statements (Redis: commands)", counts)
-    if missing:
-        lines += [f"Not installed: {', '.join(missing)}.", ""]
+    lines += figures.not_installed(missing)
     if options.docs:
         what = "of psycopg's prepared try and unlock, client and server on two processors"
         figures.draw_bars(options.docs / "uncontended.png", what, found["two processors"], MINE)
-    figures.publish("uncontended", "A lock that nobody else wants", lines, options.docs, "a bar for each lock")
+    figures.publish(
+        "uncontended", "A lock that nobody else wants", lines, options.docs, "a bar for each lock", measured
+    )
 
 
 if __name__ == "__main__":
