@@ -52,6 +52,8 @@ class Entry(NamedTuple):
 YARDSTICK, BLOCKING = "psycopg, prepared pair", "psycopg, blocking"
 OURS = "with lock(...)"
 DECORATED, ASYNC, TRANSACTION = "@concurrency_safe", "async with lock(...)", "lock in a transaction"
+#: No contestant: the difference between two of ours.
+ALTERNATING = "with lock(...) and @concurrency_safe, in turn"
 
 CONTESTANTS: dict[str, Entry] = {
     YARDSTICK: Entry(pairs=yardsticks.psycopg_pairs),
@@ -59,6 +61,7 @@ CONTESTANTS: dict[str, Entry] = {
     "libpq alone": Entry(pairs=yardsticks.libpq_pairs),
     OURS: Entry(yardsticks.ours, django=True, libraries=("psycopg", "Django")),
     DECORATED: Entry(pairs=yardsticks.decorated_pairs, beside=OURS),
+    ALTERNATING: Entry(pairs=yardsticks.alternating_pairs, beside=OURS),
     ASYNC: Entry(pairs=yardsticks.async_pairs, beside=OURS),
     TRANSACTION: Entry(pairs=yardsticks.transaction_pairs, beside=OURS),
     "predecessor 0.0.2": Entry(rivals.predecessor, django=True, first=PREDECESSOR, libraries=("psycopg", "Django")),

@@ -1,13 +1,13 @@
 """What a lock costs that nobody else wants, beside the same two statements by psycopg, and other libraries' locks.
 
-    python -m benchmarks.uncontended [--rounds 20] [--pairs 200] [--held 1000] [--docs FOLDER]
+    python -m benchmarks.uncontended [--rounds 20] [--pairs 200] [--starts 5] [--docs FOLDER]
 
 Each contestant is a process (ours share one), and they take turns; the ratios are medians of those of each turn, to a
-prepared try and unlock on one psycopg connection with autocommit. PostgreSQL is asked over its Unix socket (the last
-table: over TCP), Valkey over TCP. The client is bound to one processor and the server to another; then both to one;
+prepared try and unlock on one psycopg connection with autocommit. PostgreSQL is asked over its Unix socket (one table:
+over TCP), Valkey always over TCP. The client is bound to one processor and the server to another; then both to one;
 then, in several starts of all processes, to none: a wake-up across processors is most of the time where the client
-sleeps, and left to the system it is one or the other for long. Then: what a lock costs while its process holds others,
-and how many statements a lock takes, by the server's log.
+sleeps, and left to the system it is one or the other for long. A transaction's begin and end are not a part of a lock's
+time. Then: what the decorator costs beside `with`, and how many statements a lock takes, by the server's log.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 
 from benchmarks import figures, servers
 from benchmarks.contestants import (
+    ALTERNATING,
     ASYNC,
     CONTESTANTS,
     DECORATED,
@@ -37,6 +38,7 @@ from concurrency_safe.testing import PostgresServer, ValkeyServer
 Samples = dict[str, list[list[int]]]
 
 MINE = (OURS, DECORATED, ASYNC, TRANSACTION)
+NAMES = [name for name in CONTESTANTS if name != ALTERNATING]
 
 
 def turns(running: Mapping[str, Contestant], rounds: int, pairs: int) -> Samples:
@@ -72,16 +74,13 @@ def merged(parts: list[Samples]) -> Samples:
     return {name: [each for part in parts for each in part[name]] for name in parts[0]}
 
 
-def beside_held(one: Contestant, held: int, rounds: int, pairs: int) -> float:
-    """Give what a lock costs while its process holds `held` others, as a ratio to what it costs without them."""
-    found: list[float] = []
+def decorators_part(alternating: Contestant, rounds: int, pairs: int) -> float:
+    """Give the microseconds that the decorator costs more than `with`: of medians, from pairs in turn."""
+    found = []
     for _ in range(rounds):
-        one.ask("hold_others", 0)
-        alone = statistics.median(one.pairs(pairs))
-        one.ask("hold_others", held)
-        found.append(statistics.median(one.pairs(pairs)) / alone)
-    one.ask("hold_others", 0)
-    return statistics.median(found)
+        taken = alternating.pairs(pairs)
+        found.append(statistics.median(taken[1::2]) - statistics.median(taken[::2]))
+    return statistics.median(found) / 1000
 
 
 def statements(
@@ -98,39 +97,42 @@ def statements(
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = figures.parser(__doc__, rounds=20, pairs=200, held=1000, starts=5)
+    parser = figures.parser(__doc__, rounds=20, pairs=200, starts=5)
     options = parser.parse_args()
     first, second = (sorted(os.sched_getaffinity(0)) * 2)[:2]
     head = "µs median | p95 | p99 | of the psycopg pair"
     with PostgresServer() as server, ValkeyServer() as valkey:
         place, both = Place(server.socket_dsn, valkey.url), (server, valkey)
-        lines, found = [], {}
-        with contestants(CONTESTANTS, place) as running:
-            missing = [name for name in CONTESTANTS if name not in running]
+        lines, found, more = [], {}, {}
+        with contestants([*NAMES, ALTERNATING], place) as running:
+            missing = [name for name in NAMES if name not in running]
+            alternating = running.pop(ALTERNATING)
             turns(running, 0, options.pairs)  # so that the servers have all their processes
             for title, where in (("two processors", (first, second)), ("one processor", (first, first))):
                 bind(running.values(), both, where)
                 seen = turns(running, options.rounds, options.pairs)
                 found[title] = ratios(seen)
                 lines += figures.table(f"bound to {title} | {head}", rows(seen))
+                more[title] = decorators_part(alternating, options.rounds, options.pairs)
             bind(running.values(), both, (first, second))
-            held = {number: beside_held(running[OURS], number, 5, options.pairs) for number in (10, 100, options.held)}
             counts = list(statements(server, valkey, running, 20))
             measured = [*servers.versions(server, valkey), *versions(running.values())]
         bind_processes(family(both), {first, second})
         unbound = []
         for _ in range(options.starts):
-            with contestants(CONTESTANTS, place) as running:
+            with contestants(NAMES, place) as running:
                 unbound.append(turns(running, max(2, options.rounds // 4), options.pairs))
         seen = merged(unbound)
         found["unbound"] = ratios(seen)
         lines += figures.table(f"unbound, {options.starts} starts | {head}", rows(seen))
-        with contestants([YARDSTICK, *MINE], Place(server.dsn, valkey.url)) as running:
+        with contestants(NAMES, Place(server.dsn, valkey.url)) as running:
             bind(running.values(), both, (first, second))
             lines += figures.table(
                 f"over TCP, two processors | {head}", rows(turns(running, options.rounds, options.pairs))
             )
-    lines += figures.table("locks held beside | of the cost without", (f"{n} | {r:.2f}" for n, r in held.items()))
+    lines += figures.table(
+        "bound to | µs that the decorator takes beside `with`", (f"{n} | {m:.1f}" for n, m in more.items())
+    )
     lines += figures.table("lock | statements (Redis: commands)", counts)
     lines += figures.not_installed(missing)
     if options.docs:

@@ -111,6 +111,28 @@ def decorated_pairs(place: Place) -> Pairs:
     return run
 
 
+def alternating_pairs(place: Place) -> Pairs:
+    """Take the lock by `with` and by a guarded function, in turn: what the one costs more is in the same moments."""
+    from concurrency_safe import concurrency_safe, lock
+
+    @concurrency_safe(key=KEY)
+    def guarded() -> None:
+        """Do nothing, guarded."""
+
+    def run(pairs: int) -> list[int]:
+        taken = []
+        for _ in range(pairs):
+            began = time.perf_counter_ns()
+            with lock(KEY):
+                pass
+            between = time.perf_counter_ns()
+            guarded()
+            taken += [between - began, time.perf_counter_ns() - between]
+        return taken
+
+    return run
+
+
 def async_pairs(place: Place) -> Pairs:
     """`async with lock(...)`, in one event loop for all."""
     from concurrency_safe import lock
