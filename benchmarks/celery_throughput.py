@@ -3,9 +3,9 @@
     python -m benchmarks.celery_throughput [--tasks 1000] [--rounds 11] [--concurrency 2] [--docs FOLDER]
 
 Each round sends the tasks of every kind to a queue that the worker does not know, and then lets it work; the kinds take
-turns at being first. `send` is the client's speed, `run` the worker's, `both` one after the other. celery-once and
-celery-singleton take their lock when they send, so for them the last one counts. The ratios are medians of those of
-each round.
+turns at being first. `send` is the client's speed, `run` the worker's from its first task on, `both` one after the
+other. celery-once and celery-singleton take their lock when they send, so for them the last one counts. The ratios are
+medians of those of each round.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import figures
+from benchmarks import figures, servers
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 
 #: Seconds until a worker must have answered, or a round must be over.
@@ -57,8 +58,9 @@ class Bench:
         for number in range(offset, offset + self.tasks):
             task.apply_async((number,), queue=queue)
         send = time.perf_counter() - began
-        started = time.perf_counter()
         self.app.control.add_consumer(queue)
+        wait_for(lambda: self.marks.stat().st_size > done - self.tasks)  # the worker has heard of the queue
+        started = time.perf_counter()
         wait_for(lambda: self.marks.stat().st_size >= done)
         run = time.perf_counter() - started
         self.app.control.cancel_consumer(queue, reply=True)
@@ -75,8 +77,8 @@ def wait_for(fact: Callable[[], object]) -> None:
 
 
 @contextmanager
-def stack(concurrency: int) -> Iterator[Path]:
-    """Start PostgreSQL, Valkey and a worker; give the file that the worker marks."""
+def stack(concurrency: int) -> Iterator[tuple[Path, list[str]]]:
+    """Start PostgreSQL, Valkey and a worker; give the file that the worker marks, and the servers' versions."""
     with PostgresServer() as postgres, ValkeyServer() as valkey, tempfile.TemporaryDirectory() as folder:
         marks = Path(folder, "marks")
         marks.touch()
@@ -89,15 +91,15 @@ def stack(concurrency: int) -> Iterator[Path]:
         command += ["-c", str(concurrency), "--loglevel", "WARNING", "--without-gossip", "--without-mingle"]
         worker = subprocess.Popen(command)
         try:
-            yield marks
+            yield marks, servers.versions(postgres, valkey)
         finally:
             worker.terminate()
             worker.wait()
 
 
-def measure(tasks: int, rounds: int, concurrency: int) -> dict[str, list[Round]]:
-    """Play every kind in every round."""
-    with stack(concurrency) as marks:
+def measure(tasks: int, rounds: int, concurrency: int) -> tuple[dict[str, list[Round]], list[str]]:
+    """Play every kind in every round; give the results, and the versions of all that took part."""
+    with stack(concurrency) as (marks, measured):
         bench = Bench(marks, tasks)
         wait_for(lambda: bench.app.control.ping(timeout=0.5))
         kinds = list(bench.kinds)
@@ -108,10 +110,11 @@ def measure(tasks: int, rounds: int, concurrency: int) -> dict[str, list[Round]]
             first = number % len(kinds)
             for kind in kinds[first:] + kinds[:first]:
                 results[kind].append(bench.play(bench.kinds[kind], number * tasks))
-        return results
+        names = [name for name in ("celery", "celery-once", "celery-singleton") if name == "celery" or name in kinds]
+        return results, [*measured, *(f"{name} {version(name)}" for name in names)]
 
 
-def report(results: dict[str, list[Round]], docs: Path | None) -> None:
+def report(results: dict[str, list[Round]], docs: Path | None, measured: list[str]) -> None:
     """Print the medians, and the ratios to the unguarded tasks' round by round."""
     rows, bars = [], {}
     for kind, mine in results.items():
@@ -122,14 +125,15 @@ def report(results: dict[str, list[Round]], docs: Path | None) -> None:
     lines = figures.table("tasks a second | send | run | both | run, of unguarded | both, of unguarded", rows)
     if docs is not None:
         figures.draw_bars(docs / "celery_throughput.png", "of the unguarded tasks' speed", bars, ["concurrency-safe"])
-    figures.publish("celery_throughput", "Celery's tasks", lines, docs, "a bar for each library")
+    figures.publish("celery_throughput", "Celery's tasks", lines, docs, "a bar for each library", measured)
 
 
 def main() -> None:
     """Measure, and print a table."""
     parser = figures.parser(__doc__, tasks=1000, rounds=11, concurrency=2)
     options = parser.parse_args()
-    report(measure(options.tasks, options.rounds, options.concurrency), options.docs)
+    results, measured = measure(options.tasks, options.rounds, options.concurrency)
+    report(results, options.docs, measured)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from typing import Any
 
 import dramatiq
@@ -22,7 +23,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.rate_limits import ConcurrentRateLimiter
 from dramatiq.rate_limits.backends import RedisBackend
 
-from benchmarks import figures
+from benchmarks import figures, servers
 from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware
 from concurrency_safe.testing import PostgresServer, ValkeyServer
 
@@ -59,6 +60,7 @@ def main() -> None:
         environment = {**os.environ, "BENCHMARK_BROKER": valkey.url, "DATABASE_URL": postgres.dsn}
         environment.pop("DJANGO_SETTINGS_MODULE", None)
         sender: Any = RedisBroker(url=valkey.url)  # type: ignore[no-untyped-call]
+        measured = [*servers.versions(postgres, valkey), f"dramatiq {version('dramatiq')}"]
         workers: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for kind in KINDS:
@@ -81,7 +83,7 @@ def main() -> None:
     if options.docs:
         what = "of the unguarded messages' speed"
         figures.draw_bars(options.docs / "dramatiq_throughput.png", what, bars, ["guarded"])
-    figures.publish("dramatiq_throughput", "Dramatiq's messages", lines, options.docs, "a bar for each kind")
+    figures.publish("dramatiq_throughput", "Dramatiq's messages", lines, options.docs, "a bar for each kind", measured)
 
 
 def start(kind: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
