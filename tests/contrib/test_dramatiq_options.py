@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import gc
 import os
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,6 +18,7 @@ from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq.broker import MessageProxy
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO, CurrentMessage, Middleware, Pipelines, Retries, TimeLimitExceeded
 from dramatiq.results import Results
@@ -458,12 +461,7 @@ def test_an_actor_may_run_in_a_context_of_its_own(rival: Rival) -> None:
 def test_an_interrupted_message_keeps_what_tells_it_from_others(rival: Rival) -> None:
     broker = a_broker(Retries(max_retries=0))
 
-    def interrupt(frame: FrameType, event: str, _: object) -> None:
-        where = frame.f_globals["__name__"], frame.f_code.co_name
-        if event == "call" and where == (middleware.__name__, "__exit__"):
-            raise TimeLimitExceeded
-
-    actor = actor_of(lambda _user_id: sys.setprofile(interrupt), broker=broker, lock_key="pay")
+    actor = actor_of(lambda _user_id: sys.setprofile(interrupt_at("__exit__")), broker=broker, lock_key="pay")
     message = actor.message_with_options(args=(7,), **{requeue.ENTRY: "one"})
 
     (dead,) = process(broker, message)
@@ -471,16 +469,70 @@ def test_an_interrupted_message_keeps_what_tells_it_from_others(rival: Rival) ->
     assert rival.is_free("pay")
 
 
-def test_a_message_begins_with_nothing_of_an_interrupted_one() -> None:
-    def begin() -> None:
-        current_work.set("another message")
-        instrumentation.conflicts.set([])
-        broker = a_broker()
-        broker.emit_before("process_message", actor_of(noting([]), broker=broker).message(7))
+def interrupt_at(name: str) -> Callable[[FrameType, str, object], None]:
+    """Give a profile function that interrupts the middleware's function `name` when it begins."""
+
+    def interrupt(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and (frame.f_globals["__name__"], frame.f_code.co_name) == (middleware.__name__, name):
+            raise TimeLimitExceeded
+
+    return interrupt
+
+
+@pytest.mark.parametrize("where", ["_attempt", "_calm"])
+def test_an_interrupted_message_leaves_nothing_to_its_thread(where: str, rival: Rival) -> None:
+    broker = a_broker()
+    actor = actor_of(noting([]), broker=broker, lock_key="pay:{user_id}")
+
+    def process_interrupted() -> None:
+        broker.emit_before("process_message", MessageProxy(actor.message(7)))
+        sys.setprofile(interrupt_at(where))
+        with pytest.raises(TimeLimitExceeded):
+            actor.fn(7)
         assert current_work.get() is None
         assert instrumentation.conflicts.get() is None
 
-    contextvars.copy_context().run(begin)
+    contextvars.copy_context().run(process_interrupted)
+    assert rival.is_free("pay:7")
+
+
+def test_a_message_may_be_processed_inside_another_one(rival: Rival) -> None:
+    """As brokers do that process what is sent at once."""
+    broker, seen = a_broker(), list[Any]()
+    inner = actor_of(noting(seen), broker=broker, actor_name="inner", lock_key="pay:{user_id}")
+
+    def outside(user_id: int) -> None:
+        outer_work = current_work.get()
+        message = MessageProxy(inner.message(user_id))
+        broker.emit_before("process_message", message)
+        inner.fn(user_id)
+        broker.emit_after("process_message", message)
+        seen.append(outer_work is not None and current_work.get() == outer_work)
+
+    actor = actor_of(outside, broker=broker, lock_key="outer")
+    assert process(broker, actor.message(7)) == []
+    assert seen == ["pay:7", True]
+
+
+def test_a_message_is_freed_when_it_is_done(rival: Rival) -> None:
+    """Without the collector, which may come late in a big process."""
+    alive: list[weakref.ref[Any]] = []
+
+    class Look(Middleware):
+        def after_process_message(self, broker: Any, message: Any, **_: Any) -> None:  # noqa: ARG002 - Dramatiq's
+            alive.append(weakref.ref(message))
+
+    broker = a_broker(Look())
+    actor = actor_of(noting([]), broker=broker, lock_key="pay:{user_id}")
+    gc.disable()
+    try:
+        for number in range(20):
+            actor.send(number)
+        process(broker, actor.message(20))
+        assert len(alive) == 21
+        assert sum(one() is not None for one in alive) <= 2  # the last one of each thread
+    finally:
+        gc.enable()
 
 
 def test_a_message_may_guard_an_actor_that_is_not(rival: Rival) -> None:
@@ -556,6 +608,7 @@ def test_a_conflict_of_a_lock_inside_the_body_is_the_bodys_own_error(rival: Riva
 
 MODULE = """
 import dramatiq
+from dramatiq.broker import MessageProxy
 from dramatiq.brokers.stub import StubBroker
 from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, requeue
 broker = StubBroker()

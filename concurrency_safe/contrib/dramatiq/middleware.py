@@ -107,9 +107,7 @@ class ConcurrencySafeMiddleware(Middleware):
         _stamped.set(None)
 
     def before_process_message(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
-        """Tell the actor's function which message it runs for; forget what an interrupt left of the one before."""
-        current_work.set(None)
-        instrumentation.conflicts.set(None)
+        """Tell the actor's function which message it runs for."""
         _arriving.set(message)
 
     def after_process_message(self, broker: Any, message: Any, **_: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
@@ -139,9 +137,9 @@ class ConcurrencySafeMiddleware(Middleware):
         if any(actor.queue_name == queue and _comes_back(actor) for actor in broker.actors.values()):
             thread.worker_timeout = min(thread.worker_timeout, LOOK)
 
-    def before_ack(self, broker: Any, message: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
+    def before_ack(self, broker: Any, message: Any) -> None:
         """Note that whatever goes on from the message was told."""
-        outcomes.note_told(message)
+        outcomes.note_told(broker, message)
 
     def after_worker_shutdown(self, broker: Any, worker: Any) -> None:  # noqa: ARG002 - Dramatiq's signature
         """Close the sessions."""
@@ -262,14 +260,19 @@ class _Body:
         if declared is None:
             return self._fn(*args, **kwargs)
         delivery = Delivery(self._broker, message)
-        work, events = current_work.set(delivery.work), instrumentation.conflicts.set([])
+        # Values and no tokens: an interrupt may come before a token is written down.
+        outer_work, outer_conflicts = current_work.get(), instrumentation.conflicts.get()
         try:
+            current_work.set(delivery.work)
+            instrumentation.conflicts.set([])
             result = self._attempt(declared, message, delivery, args, kwargs)
         finally:
-            delivery.show_options()  # where an interrupt kept the body from doing so
-            self._calm(message, delivery)
-            instrumentation.conflicts.reset(events)
-            current_work.reset(work)
+            try:
+                delivery.show_options()  # where an interrupt kept the body from doing so
+                self._calm(message, delivery)
+            finally:
+                instrumentation.conflicts.set(outer_conflicts)
+                current_work.set(outer_work)
         if isinstance(result, _Skipped):
             # It is a result, since groups and pipelines end silently at a SkipMessage.
             who = message.message_id, message.actor_name

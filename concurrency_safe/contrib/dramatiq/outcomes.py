@@ -29,9 +29,10 @@ SETTLING, _LOOK = 1.0, 0.02
 #: What is noted: the body's result; that those who go on from the message were told.
 _RAN, _TOLD = "ran", "told"
 
-#: The attribute of a message that is its delivery, once it has its result. No context variable: an actor may run in a
-#: context of its own, which ends before the message is acknowledged.
-_ENDED = "concurrency_safe_ended"
+#: The attribute of a message that has its result, and from which others go on: whether all did so; a middleware fails
+#: at it while the broker is away. No context variable: an actor may run in a context of its own, which ends before the
+#: message is acknowledged. And no `Delivery`, which knows the message: nobody but the collector would free the two.
+_IS_TOLD = "concurrency_safe_is_told"
 
 #: An attribute of a hook that is watched.
 _WATCHED = "concurrency_safe_watched"
@@ -70,7 +71,6 @@ class Delivery:
         "_is_noted",
         "_message",
         "_results",
-        "is_told",
         "is_undisturbed",
         "options",
         "work",
@@ -90,8 +90,6 @@ class Delivery:
                 break
         self._hidden = requeue.ours_of(self.options)
         self._is_noted = False
-        #: Whether all did their part that go on from the message; a middleware fails at it while the broker is away.
-        self.is_told = True
         #: Whether Dramatiq has no reason left to interrupt it.
         self.is_undisturbed = False
 
@@ -157,11 +155,12 @@ class Delivery:
         """Remember that it has its result, until it is acknowledged; note it where the body did not (a skip)."""
         if not self._is_noted:
             self.tell_unnoted(self.note_run(result))
-        setattr(self._message, _ENDED, self)
+        if self.has_result and self._goes_on():
+            setattr(self._message, _IS_TOLD, True)
 
     def note_told(self) -> None:
-        """Note that those that go on from the message were told, if they were."""
-        if self.is_told and self.has_result and self._goes_on():
+        """Note that those that go on from the message were told."""
+        if self.has_result and self._goes_on():
             self._results.backend.store_result(_note(self._message, _TOLD), None, self._ttl())
 
     def hide_options(self) -> None:
@@ -208,20 +207,18 @@ def _watched(hook: Callable[..., None]) -> Callable[..., None]:
         try:
             hook(broker, message, **kwargs)
         except BaseException:
-            delivery = getattr(message, _ENDED, None)
-            if delivery is not None:
-                delivery.is_told = False
+            if hasattr(message, _IS_TOLD):
+                setattr(message, _IS_TOLD, False)
             raise
 
     setattr(watched, _WATCHED, True)
     return watched
 
 
-def note_told(message: Any) -> None:
-    """Note that those that go on from `message` were told, just before it is acknowledged."""
-    delivery = getattr(message, _ENDED, None)
-    if delivery is not None:
-        delivery.note_told()
+def note_told(broker: Any, message: Any) -> None:
+    """Note that those that go on from `message` were told, just before it is acknowledged; unless that failed."""
+    if getattr(message, _IS_TOLD, False):
+        Delivery(broker, message).note_told()
 
 
 def _note(message: Any, what: str) -> Any:
