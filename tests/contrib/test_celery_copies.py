@@ -22,6 +22,9 @@ LIMIT = 60
 #: What marks the message of a task that met itself at work.
 COPY = {requeue.DUPLICATES: 1}
 
+#: Ends the sessions that hold a lock, and counts them.
+CUT_HOLDERS = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -56,6 +59,14 @@ def test_a_copy_that_waits_for_the_lock_waits_for_the_state_too(fleet: Workers) 
 
     assert sent.get(timeout=LIMIT) == "a"
     assert fleet.runs("at_gate") == 1
+
+
+def test_a_copy_whose_lock_is_lost_while_it_waits_for_the_state_does_not_run_then(fleet: Workers) -> None:
+    sent = tasks.patient.apply_async(("a",), headers=COPY)
+    wait_for(lambda: fleet.store.connection.execute(CUT_HOLDERS).fetchone() == (1,))
+
+    assert sent.get(timeout=LIMIT) == "a"
+    assert f"[{sent.id}]: its lock was lost before its body began" in fleet.logs()
 
 
 def test_a_task_that_has_failed_is_not_run_again_by_its_copy(fleet: Workers) -> None:

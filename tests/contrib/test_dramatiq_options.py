@@ -37,7 +37,10 @@ from concurrency_safe import (
 )
 from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, middleware, requeue
 from concurrency_safe.locks import current_work
-from tests.integration.conftest import Rival
+from tests.integration.conftest import Rival, wait_for
+
+#: Ends the sessions that hold a lock, and counts them.
+CUT_HOLDERS = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted"
 
 actor_of: Any = dramatiq.actor  # its overloads don't know fn and options together
 
@@ -467,6 +470,29 @@ def test_an_interrupted_message_keeps_what_tells_it_from_others(rival: Rival) ->
     (dead,) = process(broker, message)
     assert dead.options[requeue.ENTRY] == "one"
     assert rival.is_free("pay")
+
+
+@pytest.mark.parametrize("kind", ["function", "async"])
+def test_a_body_does_not_begin_when_its_lock_is_lost_while_the_results_are_asked(
+    kind: str, rival: Rival, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuts: list[object] = []
+
+    class Slow(StubBackend):
+        def get_result(self, message: Any, **options: Any) -> Any:
+            if not cuts:
+                cuts.append(rival.connection.execute(CUT_HOLDERS).fetchone())
+                wait_for(lambda: "was lost while it was held" in caplog.text)
+            return super().get_result(message, **options)
+
+    results: Any = Results(backend=Slow(), store_results=True)  # type: ignore[no-untyped-call]
+    broker = StubBroker(middleware=[AsyncIO(), results, ConcurrencySafeMiddleware()])
+    actor = declare(kind, broker, lock_key="pay:{user_id}")
+    message = actor.message(7)
+
+    assert process(broker, message) == []
+    assert cuts == [(1,)]
+    assert message.get_result(backend=results.backend) == "pay:7"
 
 
 def interrupt_at(name: str) -> Callable[[FrameType, str, object], None]:

@@ -97,9 +97,14 @@ class ConcurrencySafeMixin:
             current_work.reset(token)
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body, unless this is a copy of a task that has run meanwhile."""
+        """Run the body, unless this is a copy of a task that has run meanwhile, or that lost its lock in that time."""
         task: Any = self
         _end_second_copy(task, requeue.SETTLING)
+        if requeue.is_copy(task):
+            held = current_lock()
+            if held is None or held.is_lost:
+                logger.info("task %s[%s]: its lock was lost before its body began", task.name, task.request.id)
+                requeue.duplicate(task)
         return task.run(*args, **kwargs)
 
     def _retry(self, policy: Retry, error: LockAcquireTimeout | LockUnavailable) -> Any:

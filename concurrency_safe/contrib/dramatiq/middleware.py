@@ -25,7 +25,7 @@ from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.policies import Retry, Skip
 from concurrency_safe.core.templates import KeyTemplate
 from concurrency_safe.guards import DIRECT, Guard, Verbs
-from concurrency_safe.locks import current_work
+from concurrency_safe.locks import current_lock, current_work
 from concurrency_safe.postgres.inspect import describe_work
 from concurrency_safe.postgres.loop import call
 from concurrency_safe.spaces import close_idle_sessions
@@ -188,6 +188,10 @@ class _MetItself(Exception):
         self.conflict = conflict
 
 
+class _LostEarly(Exception):
+    """The lock was lost while the results were asked: the body must not begin."""
+
+
 class _Body:
     """The function of one actor, and its guard."""
 
@@ -306,6 +310,8 @@ class _Body:
         except outcomes.ResultsUnavailable as error:
             why = f"whether it has run already, the results don't say: {error}"
             end = partial(requeue.duplicate, self._broker, message, why, error)
+        except _LostEarly:
+            end = partial(requeue.duplicate, self._broker, message, "its lock was lost before its body began")
         except outcomes.HasRun as earlier:
             end = partial(requeue.drop, message) if earlier.told else partial(_go_on, message, earlier.result)
         except BaseException as error:
@@ -345,7 +351,9 @@ class _Body:
         """Give the body for `message`: a copy may have run already, and the next one has to know."""
 
         def body(*args: Any, **kwargs: Any) -> Any:
-            delivery.refuse_second_run()
+            if delivery.may_have_run:
+                delivery.refuse_second_run()
+                _refuse_lost()
             with _ToItself(delivery):
                 result = self._fn(*args, **kwargs)
             failure = delivery.note_run(result)  # which a time limit may end: results can hang
@@ -361,6 +369,7 @@ class _Body:
         async def body(*args: Any, **kwargs: Any) -> Any:
             if delivery.may_have_run:
                 await call(delivery.refuse_second_run)
+                _refuse_lost()
             with _ToItself(delivery):
                 result = await self._inner(*args, **kwargs)
             # Where it was cancelled Dramatiq has given it up, and tries again.
@@ -402,6 +411,12 @@ async def _ameet(message: Any, delivery: Delivery, guard: Guard, conflict: LockA
     """Do the same where the loop must not wait for the results."""
     meet = partial(_meet, message, delivery, guard, conflict)
     await call(meet) if delivery.may_have_run else meet()
+
+
+def _refuse_lost() -> None:
+    held = current_lock()
+    if held is None or held.is_lost:
+        raise _LostEarly
 
 
 class _ToItself:
