@@ -126,6 +126,8 @@ class Jobs:
         self._send = {"celery": work.celery_job.delay, "dramatiq": work.dramatiq_job.send}
         self._chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
         self._log = log.open()
+        #: The beginning of a line, whose end was not there yet.
+        self._begun = ""
         self._arguments: dict[int, tuple[str, tuple[int, str, float]]] = {}
         self._job_of: dict[str, int] = {}
         self._lost: set[str] = set()
@@ -155,7 +157,8 @@ class Jobs:
 
     def look(self) -> None:
         """Read what has happened since the last look."""
-        for line in self._log:
+        *lines, self._begun = (self._begun + self._log.read()).split("\n")
+        for line in lines:
             fact: dict[str, Any] = json.loads(line)
             run = fact["run"]
             if fact["fact"] == "begin":
