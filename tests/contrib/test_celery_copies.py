@@ -22,8 +22,11 @@ LIMIT = 60
 #: What marks the message of a task that met itself at work.
 COPY = {requeue.DUPLICATES: 1}
 
-#: Ends the sessions that hold a lock, and counts them.
-CUT_HOLDERS = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+#: Ends the sessions that hold a lock in this database (others are another lane's), and counts them.
+CUT_HOLDERS = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_locks JOIN pg_database d ON database = d.oid "
+    "WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+)
 
 pytestmark = pytest.mark.timeout(180)
 

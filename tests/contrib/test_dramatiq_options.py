@@ -39,8 +39,11 @@ from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, middlew
 from concurrency_safe.locks import current_work
 from tests.integration.conftest import Rival, wait_for
 
-#: Ends the sessions that hold a lock, and counts them.
-CUT_HOLDERS = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+#: Ends the sessions that hold a lock in this database (others are another lane's), and counts them.
+CUT_HOLDERS = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_locks JOIN pg_database d ON database = d.oid "
+    "WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+)
 
 actor_of: Any = dramatiq.actor  # its overloads don't know fn and options together
 
