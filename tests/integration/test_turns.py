@@ -158,11 +158,11 @@ def test_a_signals_handler_may_take_a_lock_while_a_kept_session_is_looked_at(
 def test_a_refused_acquisition_does_not_keep_the_lock_of_another_thread(dsn: str, rival: Rival) -> None:
     rival.hold("one")
     waiting = lock("one", timeout=LIMIT)
-    kept: list[int] = []
+    kept: list[bool] = []
 
     def work() -> None:
         with waiting:
-            kept.append(len(_kept))
+            kept.append(waiting._held in _kept)
 
     crew = threading.Thread(target=work)
     crew.start()
@@ -173,7 +173,7 @@ def test_a_refused_acquisition_does_not_keep_the_lock_of_another_thread(dsn: str
     finally:
         rival.let_go()
         crew.join()
-    assert kept == [0]
+    assert kept == [False]
 
 
 @pytest.mark.parametrize("state", ["stopped", "closed"])
