@@ -123,7 +123,6 @@ def main() -> None:
             with contestants(NAMES, place) as running:
                 unbound.append(turns(running, max(2, options.rounds // 4), options.pairs))
         seen = merged(unbound)
-        found["unbound"] = ratios(seen)
         lines += figures.table(f"unbound, {options.starts} starts | {head}", rows(seen))
         with contestants(NAMES, Place(server.dsn, valkey.url)) as running:
             bind(running.values(), both, (first, second))

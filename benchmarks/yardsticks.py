@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -92,13 +93,19 @@ def ours(place: Place, stack: ExitStack) -> Lock:
     return Lock(lock, functools.partial(lock, timeout=None))
 
 
-def decorated_pairs(place: Place) -> Pairs:
-    """Call a guarded function."""
+def _guarded() -> Callable[[], None]:
     from concurrency_safe import concurrency_safe
 
     @concurrency_safe(key=KEY)
     def guarded() -> None:
         """Do nothing, guarded."""
+
+    return guarded
+
+
+def decorated_pairs(place: Place) -> Pairs:
+    """Call a guarded function."""
+    guarded = _guarded()
 
     def run(pairs: int) -> list[int]:
         taken = []
@@ -113,11 +120,9 @@ def decorated_pairs(place: Place) -> Pairs:
 
 def alternating_pairs(place: Place) -> Pairs:
     """Take the lock by `with` and by a guarded function, in turn: what the one costs more is in the same moments."""
-    from concurrency_safe import concurrency_safe, lock
+    from concurrency_safe import lock
 
-    @concurrency_safe(key=KEY)
-    def guarded() -> None:
-        """Do nothing, guarded."""
+    guarded = _guarded()
 
     def run(pairs: int) -> list[int]:
         taken = []

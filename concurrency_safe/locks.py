@@ -515,8 +515,7 @@ class HeldLock:
         except BaseException:
             self._abandon()
             raise
-        if instrumentation.hooks or self._lost or not released:
-            self._report(error, released=released)
+        self._report(error, released=released)
 
     async def _arelease(self, error: BaseException | None) -> None:
         try:
@@ -525,8 +524,7 @@ class HeldLock:
         except BaseException:
             await self._aabandon()
             raise
-        if instrumentation.hooks or self._lost or not released:
-            self._report(error, released=released)
+        self._report(error, released=released)
 
     def _report(self, error: BaseException | None, *, released: bool) -> None:
         if instrumentation.hooks:

@@ -16,7 +16,7 @@ from types import FrameType
 
 import pytest
 
-from concurrency_safe import HeldLock, LockCapacityError, LockReentrancyError, configure, lock, spaces
+from concurrency_safe import HeldLock, LockCapacityError, LockLost, LockReentrancyError, configure, lock, spaces
 from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import Borrower, Request, StoreOptions
 from concurrency_safe.core.steps import READ, SocketWait
@@ -90,6 +90,22 @@ def test_who_waits_for_a_session_gets_it_from_those_who_come_again_and_again(dsn
         over.set()
         for one in crew:
             one.join()
+
+
+def test_the_watcher_and_a_user_may_both_find_a_session_dead(backend: PostgresBackend, rival: Rival) -> None:
+    held = lock("one", backend=backend).acquire()
+    told: list[HeldLock] = []
+    held.on_lost(told.append)
+    session = held._footing.claims[0].session
+
+    for _ in ("watcher", "user"):
+        backend.pool.forget(session)
+    assert told == [held]
+    with pytest.raises(LockLost):
+        held.release()
+    wait_for(lambda: rival.is_free("one"))
+    with lock("one", backend=backend):
+        assert backend.pool.sessions != [session]
 
 
 def waits(backend: PostgresBackend, session: LockSession, footing: Footing) -> None:

@@ -99,8 +99,8 @@ class ConcurrencySafeMixin:
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body, unless this is a copy of a task that has run meanwhile, or that lost its lock in that time."""
         task: Any = self
-        _end_second_copy(task, requeue.SETTLING)
         if requeue.is_copy(task):
+            _end_second_copy(task, requeue.SETTLING)
             held = current_lock()
             if held is None or held.is_lost:
                 logger.info("task %s[%s]: its lock was lost before its body began", task.name, task.request.id)
@@ -127,7 +127,8 @@ class ConcurrencySafeMixin:
         Whoever had let go when the holder was read may have been just that.
         """
         task: Any = self
-        _end_second_copy(task)
+        if requeue.is_copy(task):
+            _end_second_copy(task)
         if conflict.holder is None or describe_work(task.request.id) in conflict.holder:
             requeue.duplicate(task)
 
@@ -168,8 +169,6 @@ def _end_second_copy(task: Any, patience: float = 0.0) -> None:
 
     Raises: celery.exceptions.Ignore.
     """
-    if not requeue.is_copy(task):
-        return
     try:
         settled = requeue.is_settled(task, patience)
     except Exception:

@@ -269,11 +269,11 @@ class _Body:
         try:
             current_work.set(delivery.work)
             instrumentation.conflicts.set([])
-            result = self._attempt(declared, message, delivery, args, kwargs)
+            result = self._attempt(declared, delivery, args, kwargs)
         finally:
             try:
                 delivery.show_options()  # where an interrupt kept the body from doing so
-                self._calm(message, delivery)
+                self._calm(delivery)
             finally:
                 instrumentation.conflicts.set(outer_conflicts)
                 current_work.set(outer_work)
@@ -288,7 +288,6 @@ class _Body:
     def _attempt(
         self,
         declared: tuple[Guard, KeyTemplate],
-        message: Any,
         delivery: Delivery,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -297,8 +296,9 @@ class _Body:
 
         Raises: PutBack, PutBackFailed, ConflictBudgetSpent, StoreBudgetSpent; what the body and the policy raise.
         """
-        meet = partial(_ameet if self._is_async else _meet, message, delivery, declared[0])
-        body = self._abody(delivery) if self._is_async else self._body(message, delivery)
+        message = delivery.message
+        meet = partial(_ameet if self._is_async else _meet, delivery, declared[0])
+        body = self._abody(delivery) if self._is_async else self._body(delivery)
         end: Callable[[], Any]
         try:
             return self._call(declared, body, args, kwargs, Verbs(_postpone, _Skipped, meet), delivery.work)
@@ -315,15 +315,15 @@ class _Body:
         except outcomes.HasRun as earlier:
             end = partial(requeue.drop, message) if earlier.told else partial(_go_on, message, earlier.result)
         except BaseException as error:
-            self._calm(message, delivery)
+            self._calm(delivery)
             delivery.take_back(error)
             raise
-        self._calm(message, delivery)
+        self._calm(delivery)
         return end()
 
-    def _calm(self, message: Any, delivery: Delivery) -> None:
+    def _calm(self, delivery: Delivery) -> None:
         """Let nothing interrupt what comes now; then tell of conflicts."""
-        self._disarm(message, delivery)
+        self._disarm(delivery)
         waiting = instrumentation.conflicts.get()
         if waiting:
             told = instrumentation.conflicts.set(None)
@@ -347,8 +347,8 @@ class _Body:
             run = partial(guard.arun_once if self._is_async else guard.run_once, work, run, _met, args, kwargs, verbs)
         return _in_loop(run) if self._is_async else run()
 
-    def _body(self, message: Any, delivery: Delivery) -> Callable[..., Any]:
-        """Give the body for `message`: a copy may have run already, and the next one has to know."""
+    def _body(self, delivery: Delivery) -> Callable[..., Any]:
+        """Give the body for its message: a copy may have run already, and the next one has to know."""
 
         def body(*args: Any, **kwargs: Any) -> Any:
             if delivery.may_have_run:
@@ -357,7 +357,7 @@ class _Body:
             with _ToItself(delivery):
                 result = self._fn(*args, **kwargs)
             failure = delivery.note_run(result)  # which a time limit may end: results can hang
-            self._disarm(message, delivery)
+            self._disarm(delivery)
             delivery.tell_unnoted(failure)
             return result
 
@@ -379,7 +379,7 @@ class _Body:
 
         return body
 
-    def _disarm(self, message: Any, delivery: Delivery) -> None:
+    def _disarm(self, delivery: Delivery) -> None:
         """Let nothing interrupt what comes after the body, or after the wait in vain.
 
         An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445); in a call of
@@ -391,25 +391,26 @@ class _Body:
         for one in self._broker.middleware:
             if isinstance(one, (TimeLimit, ShutdownNotifications)):
                 hooks: Any = one
-                hooks.after_process_message(self._broker, message)
+                hooks.after_process_message(self._broker, delivery.message)
         delivery.is_undisturbed = True
 
 
-def _meet(message: Any, delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:
+def _meet(delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:
     """Never skip or fail for a conflict with oneself, nor when the message has run already.
 
     An unknown holder may be oneself, unless the broker knows better.
     """
-    delivery.refuse_second_run()
+    if delivery.may_have_run:
+        delivery.refuse_second_run()
     itself = describe_work(delivery.work) in (conflict.holder or "")
-    unknown = conflict.holder is None and requeue.is_redelivered(message) is not False
+    unknown = conflict.holder is None and requeue.is_redelivered(delivery.message) is not False
     if itself or (unknown and not isinstance(guard.policy, Retry)):
         raise _MetItself(conflict)
 
 
-async def _ameet(message: Any, delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:
+async def _ameet(delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:
     """Do the same where the loop must not wait for the results."""
-    meet = partial(_meet, message, delivery, guard, conflict)
+    meet = partial(_meet, delivery, guard, conflict)
     await call(meet) if delivery.may_have_run else meet()
 
 

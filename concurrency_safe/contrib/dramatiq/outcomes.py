@@ -69,9 +69,9 @@ class Delivery:
         "_broker",
         "_hidden",
         "_is_noted",
-        "_message",
         "_results",
         "is_undisturbed",
+        "message",
         "options",
         "work",
     )
@@ -79,8 +79,8 @@ class Delivery:
     def __init__(self, broker: Any, message: Any) -> None:
         """Look for the middleware that keeps results; nobody is asked yet."""
         self._broker = broker
-        self._message = message
-        #: The message's id and options; read once, since a proxy gives them.
+        self.message = message
+        #: Its id and options; read once, since a proxy gives them.
         self.work: str = message.message_id
         self.options: dict[str, Any] = message.options
         self._results: Any = None
@@ -101,16 +101,14 @@ class Delivery:
     @property
     def may_have_run(self) -> bool:
         """Whether the results have to be asked."""
-        return self.has_result and requeue.may_be_copy(self._message)
+        return self.has_result and requeue.may_be_copy(self.message)
 
     def refuse_second_run(self) -> None:
-        """End a copy of a message that has run. Where it may be no copy, it runs when nobody knows.
+        """Ask the results, and end a copy of a message that has run; one that may be no copy runs when nobody knows.
 
         Raises: HasRun, ResultsUnavailable.
         """
-        if not self.may_have_run:
-            return
-        message, backend = self._message, self._results.backend
+        message, backend = self.message, self._results.backend
         try:
             result = _find(backend, _note(message, _RAN), 0.0)
             if result is _MISSING:
@@ -133,7 +131,7 @@ class Delivery:
         if self.has_result:
             self._is_noted = True
             try:
-                self._results.backend.store_result(_note(self._message, _RAN), result, self._ttl())
+                self._results.backend.store_result(_note(self.message, _RAN), result, self._ttl())
             except Exception as error:  # noqa: BLE001 - the body has run, and nothing may make that a failure
                 return error
         return None
@@ -147,7 +145,7 @@ class Delivery:
         """Take that note back: the body has run, but not to a good end, since `error` came behind it (a lost lock)."""
         if self._is_noted and self.has_result:
             try:
-                self._results.backend.store_exception(_note(self._message, _RAN), error, self._ttl())
+                self._results.backend.store_exception(_note(self.message, _RAN), error, self._ttl())
             except Exception as failure:  # noqa: BLE001 - `error` is what is to be told
                 logger.warning("that message %s has failed could not be noted: %s", self.work, failure)
 
@@ -156,12 +154,12 @@ class Delivery:
         if not self._is_noted:
             self.tell_unnoted(self.note_run(result))
         if self.has_result and self._goes_on():
-            setattr(self._message, _IS_TOLD, True)
+            setattr(self.message, _IS_TOLD, True)
 
     def note_told(self) -> None:
         """Note that those that go on from the message were told."""
         if self.has_result and self._goes_on():
-            self._results.backend.store_result(_note(self._message, _TOLD), None, self._ttl())
+            self._results.backend.store_result(_note(self.message, _TOLD), None, self._ttl())
 
     def hide_options(self) -> None:
         """Hide our options from the body: a message that it makes of this one, and sends, is another one."""
@@ -189,7 +187,7 @@ class Delivery:
     def _option(self, name: str, default: Any) -> Any:
         if name in self.options:
             return self.options[name]
-        return self._broker.get_actor(self._message.actor_name).options.get(name, default)
+        return self._broker.get_actor(self.message.actor_name).options.get(name, default)
 
 
 def watch_hooks(broker: Any) -> None:
