@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ SELECT count(*) FROM intervals a JOIN intervals b ON a.task = b.task AND a.ctid 
    AND (a.key = b.key) = %s AND tstzrange(a.started, a.ended) && tstzrange(b.started, b.ended)
  WHERE a.task = %s
 """
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the workers said last, when a test with workers fails."""
+    report = yield
+    for name, fixture in getattr(item, "funcargs", {}).items() if report.failed else ():
+        if isinstance(fixture, Fleet):
+            report.sections.append((f"the end of the logs of {name}", fixture.logs()[-8000:]))
+    return report
 
 
 class Fleet:
