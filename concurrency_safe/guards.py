@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import update_wrapper
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.options import UNSET, LockOptions
@@ -42,8 +42,7 @@ _FORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Verbs:
+class Verbs(NamedTuple):
     """What a framework does where a policy leaves that to it; each returns the call's result, or raises.
 
     `retry` also gets a `LockUnavailable`: a queue tries again when the lock store is back. `meet` is told of each

@@ -108,8 +108,19 @@ def check_text(text: str) -> str:
 @lru_cache(maxsize=512)
 def _number(namespace: str, kind: bytes, *texts: str) -> int:
     """Hash version, namespace, kind and texts, each with its length before it, so that no two inputs meet."""
-    digest = blake2b(digest_size=8)
-    for piece in (VERSION, namespace.encode(), kind, *(text.encode() for text in texts)):
-        digest.update(len(piece).to_bytes(8, "big"))
-        digest.update(piece)
+    digest = _begun(namespace, kind).copy()
+    for text in texts:
+        digest.update(_measured(text.encode()))
     return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+@lru_cache(maxsize=16)
+def _begun(namespace: str, kind: bytes) -> blake2b:
+    digest = blake2b(digest_size=8)
+    for piece in (VERSION, namespace.encode(), kind):
+        digest.update(_measured(piece))
+    return digest
+
+
+def _measured(piece: bytes) -> bytes:
+    return len(piece).to_bytes(8, "big") + piece

@@ -85,8 +85,12 @@ class Parameters:
         if len(args) > most and not self._takes_any_positional:
             return False
         rest = self._rests[min(len(args), most)]
+        if rest.needed is None:
+            return False
+        if not kwargs:
+            return not rest.needed
         given = kwargs.keys()
-        if rest.needed is None or not rest.needed <= given:
+        if not rest.needed <= given:
             return False
         return rest.taken.isdisjoint(given) if self.takes_any_keyword else given <= rest.allowed
 

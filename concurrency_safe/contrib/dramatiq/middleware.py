@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from dramatiq.asyncio import async_to_sync
 from dramatiq.common import q_name
-from dramatiq.middleware import Middleware, ShutdownNotifications, TimeLimit
+from dramatiq.middleware import Middleware
 
 from concurrency_safe import instrumentation
 from concurrency_safe.contrib.dramatiq import options, outcomes, requeue
-from concurrency_safe.contrib.dramatiq.outcomes import Delivery
+from concurrency_safe.contrib.dramatiq.outcomes import Delivery, Neighbours
 from concurrency_safe.core.errors import LockAcquireTimeout, LockUnavailable
 from concurrency_safe.core.policies import Retry, Skip
 from concurrency_safe.core.templates import KeyTemplate
@@ -197,6 +197,7 @@ class _Body:
 
     def __init__(self, broker: Any, actor: Any, fn: Callable[..., Any], foreign: frozenset[str]) -> None:
         self._broker = broker
+        self._neighbours = Neighbours(broker)
         self.actor = actor
         self._foreign = foreign
         self._fn = fn
@@ -263,7 +264,9 @@ class _Body:
             declared = options.build(self.actor, self._inner, {**self._options, **given})
         if declared is None:
             return self._fn(*args, **kwargs)
-        delivery = Delivery(self._broker, message)
+        if self._neighbours.middleware != self._broker.middleware:
+            self._neighbours = Neighbours(self._broker)
+        delivery = Delivery(self._neighbours, message)
         # Values and no tokens: an interrupt may come before a token is written down.
         outer_work, outer_conflicts = current_work.get(), instrumentation.conflicts.get()
         try:
@@ -323,7 +326,7 @@ class _Body:
 
     def _calm(self, delivery: Delivery) -> None:
         """Let nothing interrupt what comes now; then tell of conflicts."""
-        self._disarm(delivery)
+        delivery.disarm()
         waiting = instrumentation.conflicts.get()
         if waiting:
             told = instrumentation.conflicts.set(None)
@@ -342,6 +345,8 @@ class _Body:
     ) -> Any:
         """Run `body` guarded. `work`: the message's id; None: a direct call."""
         guard, template = declared
+        if not self._is_async and (work is None or not guard.admits_several):
+            return guard.run_as(template, body, args, kwargs, verbs)
         run = partial(guard.arun_as if self._is_async else guard.run_as, template, body, args, kwargs, verbs)
         if work is not None and guard.admits_several:
             run = partial(guard.arun_once if self._is_async else guard.run_once, work, run, _met, args, kwargs, verbs)
@@ -357,7 +362,7 @@ class _Body:
             with _ToItself(delivery):
                 result = self._fn(*args, **kwargs)
             failure = delivery.note_run(result)  # which a time limit may end: results can hang
-            self._disarm(delivery)
+            delivery.disarm()
             delivery.tell_unnoted(failure)
             return result
 
@@ -378,21 +383,6 @@ class _Body:
             return result
 
         return body
-
-    def _disarm(self, delivery: Delivery) -> None:
-        """Let nothing interrupt what comes after the body, or after the wait in vain.
-
-        An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445); in a call of
-        `logging` it would leave a lock of the log's. Once the body has ended, time limits and shutdown notices have
-        nothing left to end: the release has a time limit of its own.
-        """
-        if delivery.is_undisturbed:
-            return
-        for one in self._broker.middleware:
-            if isinstance(one, (TimeLimit, ShutdownNotifications)):
-                hooks: Any = one
-                hooks.after_process_message(self._broker, delivery.message)
-        delivery.is_undisturbed = True
 
 
 def _meet(delivery: Delivery, guard: Guard, conflict: LockAcquireTimeout) -> None:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from dramatiq.middleware import Callbacks, GroupCallbacks, Pipelines, TimeLimit
+from dramatiq.middleware import Callbacks, GroupCallbacks, Pipelines, ShutdownNotifications, TimeLimit
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from concurrency_safe.contrib.dramatiq import requeue
@@ -62,36 +62,61 @@ class HasRun(Exception):
         self.told = told
 
 
+class Neighbours:
+    """The middlewares of a broker with which a delivery has to do, as long as there are no others."""
+
+    __slots__ = ("_interrupting", "broker", "middleware", "results")
+
+    def __init__(self, broker: Any) -> None:
+        """Look through those of now."""
+        self.broker = broker
+        self.middleware: list[Any] = list(broker.middleware)
+        #: The one that keeps results, or None.
+        self.results = next((one for one in self.middleware if isinstance(one, Results)), None)
+        self._interrupting = [one for one in self.middleware if isinstance(one, (TimeLimit, ShutdownNotifications))]
+
+    def disarm(self, message: Any) -> None:
+        """Take back what would interrupt the thread that processes `message`."""
+        for one in self._interrupting:
+            one.after_process_message(self.broker, message)  # type: ignore[no-untyped-call]
+
+
 class Delivery:
     """One delivery of a message: whether it has run before, and what becomes of it."""
 
     __slots__ = (
-        "_broker",
         "_hidden",
         "_is_noted",
+        "_is_undisturbed",
+        "_neighbours",
         "_results",
-        "is_undisturbed",
         "message",
         "options",
         "work",
     )
 
-    def __init__(self, broker: Any, message: Any) -> None:
-        """Look for the middleware that keeps results; nobody is asked yet."""
-        self._broker = broker
+    def __init__(self, neighbours: Neighbours, message: Any) -> None:
+        """Read the message; nobody is asked yet."""
+        self._neighbours = neighbours
+        self._results: Any = neighbours.results
         self.message = message
         #: Its id and options; read once, since a proxy gives them.
         self.work: str = message.message_id
         self.options: dict[str, Any] = message.options
-        self._results: Any = None
-        for one in broker.middleware:
-            if isinstance(one, Results):
-                self._results = one
-                break
         self._hidden = requeue.ours_of(self.options)
         self._is_noted = False
-        #: Whether Dramatiq has no reason left to interrupt it.
-        self.is_undisturbed = False
+        self._is_undisturbed = False
+
+    def disarm(self) -> None:
+        """Let nothing interrupt what comes after the body, or after the wait in vain. Twice is the same as once.
+
+        An interrupt in a hook would end the worker's thread, and lose the message (dramatiq issue 445); in a call of
+        `logging` it would leave a lock of the log's. Once the body has ended, time limits and shutdown notices have
+        nothing left to end: the release has a time limit of its own.
+        """
+        if not self._is_undisturbed:
+            self._neighbours.disarm(self.message)
+            self._is_undisturbed = True
 
     @property
     def has_result(self) -> bool:
@@ -151,6 +176,8 @@ class Delivery:
 
     def has_run(self, result: Any) -> None:
         """Remember that it has its result, until it is acknowledged; note it where the body did not (a skip)."""
+        if self._results is None:
+            return
         if not self._is_noted:
             self.tell_unnoted(self.note_run(result))
         if self.has_result and self._goes_on():
@@ -180,14 +207,16 @@ class Delivery:
     def _patience(self) -> float:
         """Give the seconds that settling may take: the body has to have some of its time, too."""
         limits: list[int] = [
-            self._option("time_limit", one.time_limit) for one in self._broker.middleware if isinstance(one, TimeLimit)
+            self._option("time_limit", one.time_limit)
+            for one in self._neighbours.middleware
+            if isinstance(one, TimeLimit)
         ]
         return min([SETTLING, *(limit / 2000 for limit in limits if limit)])
 
     def _option(self, name: str, default: Any) -> Any:
         if name in self.options:
             return self.options[name]
-        return self._broker.get_actor(self.message.actor_name).options.get(name, default)
+        return self._neighbours.broker.get_actor(self.message.actor_name).options.get(name, default)
 
 
 def watch_hooks(broker: Any) -> None:
@@ -216,7 +245,7 @@ def _watched(hook: Callable[..., None]) -> Callable[..., None]:
 def note_told(broker: Any, message: Any) -> None:
     """Note that those that go on from `message` were told, just before it is acknowledged; unless that failed."""
     if getattr(message, _IS_TOLD, False):
-        Delivery(broker, message).note_told()
+        Delivery(Neighbours(broker), message).note_told()
 
 
 def _note(message: Any, what: str) -> Any:

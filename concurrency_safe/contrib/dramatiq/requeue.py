@@ -31,7 +31,7 @@ DUPLICATES = "cs_duplicates"
 ENTRY = "cs_entry"
 
 #: Our options of a message.
-_OURS = (CONFLICTS, SINCE, ATTEMPT, DUPLICATES, ENTRY)
+_OURS = frozenset((CONFLICTS, SINCE, ATTEMPT, DUPLICATES, ENTRY))
 
 #: An attribute of a message that was put back, so that its end is no news.
 PUT_BACK = "concurrency_safe_put_back"
@@ -125,7 +125,7 @@ def entry(message: Any) -> str:
 
 def ours_of(options: dict[str, Any]) -> dict[str, Any]:
     """Give our own among the options of a message."""
-    return {name: options[name] for name in _OURS if name in options}
+    return {name: options[name] for name in _OURS.intersection(options)}
 
 
 def is_copy(message: Any) -> bool:
