@@ -178,13 +178,12 @@ class Jobs:
 def play(seed: int, seconds: float, folder: Path) -> tuple[Verdict, dict[str, Any], str]:
     """Play one run; give the verdict, and what a report needs."""
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(PostgresServer(SERVER))
         valkey = stack.enter_context(ValkeyServer())
         relay = Relay(server.port)
         store = f"postgresql://postgres@127.0.0.1:{relay.port}/postgres?connect_timeout=3"
         rabbitmq = stack.enter_context(RabbitMQServer())
-        log = scratch / "runs"
+        log = folder / f"runs-{seed}.log"
         log.touch()
         os.environ |= {
             "CHAOS_STORE": store, "CHAOS_REDIS": valkey.url, "CHAOS_AMQP": rabbitmq.url, "CHAOS_LOG": str(log),
@@ -281,7 +280,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         verdict, facts, drawing = play(options.seed, options.seconds, Path(folder))
         if verdict.wrong:
-            shutil.copy(Path(folder, f"workers-{options.seed}.log"), options.report)
+            for log in Path(folder).glob("*.log"):
+                shutil.copy(log, options.report)
     name = f"seed-{options.seed}"
     (options.report / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (options.report / f"{name}.svg").write_text(drawing, encoding="utf-8")

@@ -110,10 +110,13 @@ def read_runs(log: Path, faults: list[Fault]) -> list[Run]:
             runs[run].end = at
         else:
             runs[run].lost = at
-    deaths = {pid: fault.at for fault in faults if fault.name.startswith("kill") for pid in fault.pids}
+    kills = [fault for fault in faults if fault.name.startswith("kill")]
     for one in runs.values():
-        if one.end is None and one.pid in deaths:
-            one.end, one.killed = deaths[one.pid], True
+        if one.end is None:
+            # The first one: a dead process is there, and may be killed again, until its parent asks for it.
+            deaths = [kill.at for kill in kills if one.pid in kill.pids and kill.until >= one.begin]
+            if deaths:
+                one.end, one.killed = min(deaths), True
     return list(runs.values())
 
 

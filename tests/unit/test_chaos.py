@@ -112,6 +112,22 @@ def test_a_run_ends_with_its_process(tmp_path: Path) -> None:
     assert (run.end, run.killed, run.completed) == (10.4, True, False)
 
 
+def test_a_process_dies_once(tmp_path: Path) -> None:
+    """Whose parent is slow to bury it is there to be killed again; and its number may have been another's before."""
+    log = tmp_path / "runs"
+    log.write_text(
+        json.dumps(
+            {"fact": "begin", "run": "r", "at": 10.0, "job": 1, "key": "a", "token": 1, "by": "celery", "pid": 11}
+        )
+        + "\n"
+    )
+    kills = [Fault("kill one", at, at, pids=(11,)) for at in (9.0, 10.4, 13.8)]
+
+    (run,) = read_runs(log, kills)
+
+    assert run.end == 10.4
+
+
 def test_a_seed_means_the_same_faults_whoever_is_there() -> None:
     one, two, other = (list(islice(plan(seed), 200)) for seed in (1, 1, 2))
 
