@@ -94,7 +94,7 @@ class Claim:
         for footing in tuple(self.stands):
             lock = footing.lock() if footing.lock is not None else None
             if lock is not None:
-                lock._tell_lost()  # noqa: SLF001 - a HeldLock's, for us
+                lock._tell_lost(apart=True)  # noqa: SLF001 - a HeldLock's, for us
 
 
 class Footing:

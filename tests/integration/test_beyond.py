@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import logging
 import subprocess
 import sys
 import threading
@@ -386,6 +387,35 @@ def test_a_callback_that_fails_keeps_nobody_from_hearing(store: LockStore, caplo
     with pytest.raises(LockLost):
         body()
     assert "a callback on the loss of lock 'one' failed" in caplog.text
+
+
+def test_a_log_that_hangs_keeps_nobody_from_hearing(store: LockStore) -> None:
+    """A worker's log may be a pipe that nobody reads any more, as when Dramatiq's process beside it was killed."""
+    told: list[HeldLock] = []
+    hung, goes_on = threading.Event(), threading.Event()
+
+    class Hanging(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's signature
+            hung.set()
+            goes_on.wait(30)
+
+    handler = Hanging(logging.ERROR)
+    logging.getLogger("concurrency_safe").addHandler(handler)
+    try:
+        first = lock("one").acquire()
+        first.on_lost(told.append)
+        cut(store)
+        wait_for(lambda: told == [first] and hung.is_set())
+        second = lock("two").acquire()
+        second.on_lost(told.append)
+        cut(store)
+        wait_for(lambda: told == [first, second])
+    finally:
+        goes_on.set()
+        logging.getLogger("concurrency_safe").removeHandler(handler)
+    for held in told:
+        with pytest.raises(LockLost):
+            held.release()
 
 
 @pytest.mark.timeout(90)
