@@ -28,6 +28,9 @@ SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'c
 #: Ends them, and counts them.
 TERMINATE = SESSIONS.replace("count(*)", "count(pg_terminate_backend(pid))")
 
+#: The advisory locks that are held.
+HELD = "FROM pg_locks WHERE locktype = 'advisory' AND granted"
+
 #: What is done, and how often compared with the others.
 WEIGHTS = {
     "kill_one": 4,
@@ -151,19 +154,18 @@ class Faults:
         self._terminate(None)
 
     def _terminate(self, where: float | None) -> None:
-        at = time.monotonic()
         with psycopg.connect(self._server.dsn, autocommit=True) as connection:
-            held = connection.execute(
-                "SELECT pid, (classid::int8 << 32) | objid::int8 FROM pg_locks "
-                "WHERE locktype = 'advisory' AND granted ORDER BY 2"
-            ).fetchall()
-            pids = sorted({pid for pid, _ in held})
+            pids = [pid for (pid,) in connection.execute(f"SELECT DISTINCT pid {HELD} ORDER BY pid")]
             chosen = pids if where is None or not pids else [picked(pids, where)]
-            for pid in chosen:
-                connection.execute("SELECT pg_terminate_backend(%s)", [pid])
-        keys = tuple(self._names[number] for pid, number in held if pid in chosen and number in self._names)
+            at = time.monotonic()
+            # What they hold is read in that moment: a session is soon another lock's.
+            ended = connection.execute(
+                f"SELECT pid, (classid::int8 << 32) | objid::int8, pg_terminate_backend(pid) {HELD} AND pid = ANY(%s)",
+                [chosen],
+            ).fetchall()
+        keys = tuple(sorted(self._names[number] for _, number, _ in ended if number in self._names))
         if keys:
-            self._note("terminate", at, cuts=keys, sessions=len(chosen))
+            self._note("terminate", at, cuts=keys, sessions=len({pid for pid, _, _ in ended}))
 
     def restart_fast(self, _: Step) -> None:
         """Restart the server; everybody is disconnected."""
