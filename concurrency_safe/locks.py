@@ -233,11 +233,11 @@ class HeldLock:
         "_callbacks",
         "_footing",
         "_keys",
+        "_lost",
         "_net",
         "_settings",
         "_since",
         "_transaction",
-        "_untold",
         "waited",
     )
 
@@ -249,8 +249,7 @@ class HeldLock:
         self._settings = settings
         self._transaction: TransactionLock | None = None
         self._callbacks: deque[Callable[[HeldLock], object]] | None = None
-        #: What the log is to be told yet of the loss; None: the lock is not lost.
-        self._untold: list[LockEvent] | None = None
+        self._lost = False
         self._since = time.monotonic()
         self._active = False
         #: Seconds that the acquisition took.
@@ -294,9 +293,9 @@ class HeldLock:
 
         Costs no query, except in a transaction without autocommit, or with a savepoint that was rolled back.
         """
-        if self._untold is None and self.is_active and self._is_cut():
+        if not self._lost and self.is_active and self._is_cut():
             self._tell_lost()
-        return self._untold is not None
+        return self._lost
 
     def check(self) -> None:
         """Make sure that the lock is still held.
@@ -317,7 +316,7 @@ class HeldLock:
         if self._callbacks is None:
             self._callbacks = deque()
         self._callbacks.append(callback)
-        if self._untold is not None:
+        if self._lost:
             self._call_at_home()
 
     def sockets(self) -> frozenset[int]:
@@ -530,8 +529,9 @@ class HeldLock:
     def _report(self, error: BaseException | None, *, released: bool) -> None:
         if instrumentation.hooks:
             self._emit("released", held=time.monotonic() - self._since - self.waited)
-        if self._untold is not None or not released:
+        if not released:
             self._tell_lost()
+        if self._lost:
             self._report_loss(error)
 
     def _give_up(self) -> Steps[bool]:
@@ -578,20 +578,13 @@ class HeldLock:
         return any(claim.held and footing.backend.is_lost(claim) for claim in footing.claims)
 
     def _tell_lost(self, *, apart: bool = False) -> None:
-        """Say it once: to the callbacks, then to the log and the hooks.
-
-        `apart`: to these from a thread of its own. They can hang (a log is a pipe that nobody reads), and other locks'
-        owners have to hear of their loss nevertheless.
-        """
-        if self._untold is None:
-            self._untold = [LockEvent("lost", self.keys)]
-            self._call_at_home()
-        untold = self._untold
-        if apart:
-            with contextlib.suppress(RuntimeError):  # there is room for no more threads, or the interpreter ends
-                _thread.start_new_thread(_tell_log, (untold,))
-                return
-        _tell_log(untold)
+        """Say it once: to the log, the hooks, and the callbacks; `apart`: see `core.sessions.Hold`."""
+        if self._lost:
+            return
+        self._lost = True
+        tell = instrumentation.emit_apart if apart else instrumentation.emit
+        tell(LockEvent("lost", self.keys))
+        self._call_at_home()
 
     def _call_at_home(self) -> None:
         home = self._footing.home
@@ -625,15 +618,6 @@ class HeldLock:
 
     def _emit(self, kind: EventKind, **fields: Any) -> None:  # noqa: ANN401 - the fields of LockEvent
         instrumentation.emit(LockEvent(kind, self.keys, **fields))
-
-
-def _tell_log(untold: list[LockEvent]) -> None:
-    """Tell the log and the hooks; nothing is left to tell where another thread does."""
-    try:
-        event = untold.pop()
-    except IndexError:
-        return
-    instrumentation.emit(event)
 
 
 def undo_steps(footing: Footing) -> Steps[None]:

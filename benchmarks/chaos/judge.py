@@ -114,9 +114,10 @@ def read_runs(log: Path, faults: list[Fault]) -> list[Run]:
     for one in runs.values():
         if one.end is None:
             # The first one: a dead process is there, and may be killed again, until its parent asks for it.
-            deaths = [kill.at for kill in kills if one.pid in kill.pids and kill.until >= one.begin]
+            deaths = [kill for kill in kills if one.pid in kill.pids and kill.until >= one.begin]
             if deaths:
-                one.end, one.killed = min(deaths), True
+                first = deaths[0]
+                one.end, one.killed = first.at if one.begin <= first.at else first.until, True
     return list(runs.values())
 
 

@@ -84,7 +84,7 @@ class _Watcher:
         while True:
             try:
                 self.look()
-            except Exception:
+            except BaseException:  # SystemExit, too: a callback on a loss may raise it
                 logger.exception("the watcher of lock sessions failed, and goes on")
 
     def look(self) -> None:
@@ -118,7 +118,7 @@ class _Watcher:
             # use receives is for its user to read.
             lost = not session.dead and (session.is_dead() if session.user is None else has_hung_up(fd))
         if lost:
-            pool.forget(session)
+            pool.forget(session, apart=True)
 
     def answer(self, session: LockSession, pool: SessionPool) -> None:
         """Tell those who asked (`concurrency-safe locks`) what `session` holds, or has held just now."""
@@ -128,7 +128,7 @@ class _Watcher:
             lost = session.is_dead()  # which reads what came
             channels = [] if lost else session.asked()
         if lost:  # the end was just read: epoll has nothing left to tell
-            pool.forget(session)
+            pool.forget(session, apart=True)
         for channel in channels:
             self.use(session, pool, session.tell(channel))
 
@@ -150,7 +150,7 @@ class _Watcher:
             session.dead = True
             session.user = None
             self.session = None
-            pool.forget(session)
+            pool.forget(session, apart=True)
 
 
 _pause = threading.Event()  # never set

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import psycopg
 import pytest
@@ -389,33 +391,79 @@ def test_a_callback_that_fails_keeps_nobody_from_hearing(store: LockStore, caplo
     assert "a callback on the loss of lock 'one' failed" in caplog.text
 
 
-def test_a_log_that_hangs_keeps_nobody_from_hearing(store: LockStore) -> None:
+AddHandler: TypeAlias = Callable[[Callable[[logging.LogRecord], object]], None]
+
+
+@pytest.fixture
+def handlers() -> Iterator[AddHandler]:
+    """Let functions hear what the library logs, in errors."""
+    logger, added = logging.getLogger("concurrency_safe"), list[logging.Handler]()
+
+    def add(hear: Callable[[logging.LogRecord], object]) -> None:
+        handler = logging.Handler(logging.ERROR)
+        handler.emit = hear  # type: ignore[assignment,method-assign]
+        logger.addHandler(handler)
+        added.append(handler)
+
+    yield add
+    for handler in added:
+        logger.removeHandler(handler)
+
+
+def test_a_log_that_hangs_keeps_nobody_from_hearing(store: LockStore, handlers: AddHandler) -> None:
     """A worker's log may be a pipe that nobody reads any more, as when Dramatiq's process beside it was killed."""
     told: list[HeldLock] = []
-    hung, goes_on = threading.Event(), threading.Event()
+    logged: list[str] = []
+    goes_on = threading.Event()
 
-    class Hanging(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's signature
-            hung.set()
-            goes_on.wait(30)
+    def hang(record: logging.LogRecord) -> None:
+        goes_on.wait(30)
+        logged.append(record.getMessage())
 
-    handler = Hanging(logging.ERROR)
-    logging.getLogger("concurrency_safe").addHandler(handler)
-    try:
-        first = lock("one").acquire()
-        first.on_lost(told.append)
+    handlers(hang)
+    for key in ("one", "two", "three"):
+        held = lock(key).acquire()
+        held.on_lost(told.append)
         cut(store)
-        wait_for(lambda: told == [first] and hung.is_set())
-        second = lock("two").acquire()
-        second.on_lost(told.append)
-        cut(store)
-        wait_for(lambda: told == [first, second])
-    finally:
-        goes_on.set()
-        logging.getLogger("concurrency_safe").removeHandler(handler)
+        wait_for(lambda held=held: held in told)  # type: ignore[misc]
+    assert not logged
+
+    goes_on.set()
+    wait_for(lambda: len(logged) == 3)
+    assert logged == [f"lock {key!r} was lost while it was held" for key in ("one", "two", "three")]
     for held in told:
         with pytest.raises(LockLost):
             held.release()
+
+
+def test_the_log_hears_of_a_loss_first(store: LockStore, handlers: AddHandler) -> None:
+    """A callback may end the process."""
+    logged: list[logging.LogRecord] = []
+    handlers(logged.append)
+    for times in (1, 2):
+        seen: list[int] = []
+        held = lock("one").acquire()
+        held.on_lost(lambda _, seen=seen: seen.append(len(logged)))  # type: ignore[misc]
+        cut(store)
+        wait_for(lambda seen=seen: seen)  # type: ignore[misc]
+        assert seen == [times]
+        with pytest.raises(LockLost):
+            held.release()
+
+
+def test_a_log_that_fails_keeps_nobody_from_hearing(
+    store: LockStore, handlers: AddHandler, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[HeldLock] = []
+    handlers(lambda _: 1 / 0)
+    for times in (1, 2):
+        held = lock("one").acquire()
+        held.on_lost(told.append)
+        cut(store)
+        wait_for(lambda times=times: len(told) == times)  # type: ignore[misc]
+        with pytest.raises(LockLost):
+            held.release()
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 2
 
 
 @pytest.mark.timeout(90)

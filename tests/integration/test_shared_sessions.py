@@ -451,14 +451,17 @@ def test_where_the_system_has_no_epoll_the_watcher_looks(
     wait_for(lambda: looking.look() or session.dead)  # type: ignore[func-returns-value]  # a look is no answer
 
 
-def test_a_watcher_that_fails_goes_on(backend: PostgresBackend, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("failure", [ZeroDivisionError, SystemExit])
+def test_a_watcher_that_fails_goes_on(
+    failure: type[BaseException], backend: PostgresBackend, caplog: pytest.LogCaptureFixture
+) -> None:
     with lock("one", backend=backend):
         watcher = watchers._watcher
         assert watcher is not None
 
         def fail() -> LockSession:
             del watcher.sessions[-1]
-            raise ZeroDivisionError
+            raise failure
 
         for times in (1, 2):
             with caplog.at_level(logging.ERROR):

@@ -127,6 +127,10 @@ def test_a_process_dies_once(tmp_path: Path) -> None:
 
     assert run.end == 10.4
 
+    (run,) = read_runs(log, [Fault("kill a worker", 9.9, 10.1, pids=(10, 11))])  # it began while others were killed
+
+    assert run.end == 10.1
+
 
 def test_a_seed_means_the_same_faults_whoever_is_there() -> None:
     one, two, other = (list(islice(plan(seed), 200)) for seed in (1, 1, 2))

@@ -264,7 +264,7 @@ class _Body:
             declared = options.build(self.actor, self._inner, {**self._options, **given})
         if declared is None:
             return self._fn(*args, **kwargs)
-        if self._neighbours.middleware != self._broker.middleware:
+        if not self._neighbours.are_still():
             self._neighbours = Neighbours(self._broker)
         delivery = Delivery(self._neighbours, message)
         # Values and no tokens: an interrupt may come before a token is written down.
