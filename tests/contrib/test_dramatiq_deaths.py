@@ -428,9 +428,12 @@ def test_interrupts_at_random_moments_leave_nothing(how: str, own_crew: Workers)
     assert ended.count("done") <= len(said), crew.logs()
     wait_for(lambda: crew.store.rows() == 0, 2.0)
     wait_for(lambda: (crew.queued(), crew.dead()) == (0, (ended + in_time).count("TimeLimitExceeded")))
+    # On gevent Dramatiq's time limits strike threads that wait for a message, also those of workers without us.
+    died = crew.logs().count("Exception in thread Thread-")
+    assert died <= (crew.logs().count("item = self.work_queue.get(timeout=self.timeout)") if how == "gevent" else 0)
     with crew.closed_gate():
         gated = [crew.send(actors.at_gate, number) for number in range(8)]
-        wait_for(lambda: crew.runs("at_gate") == 8)  # every thread is alive
+        wait_for(lambda: crew.runs("at_gate") == 8 - died)  # every other thread is alive
     assert [crew.result(one) for one in gated] == list(range(8))
 
 
