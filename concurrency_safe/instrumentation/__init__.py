@@ -108,7 +108,7 @@ class _Teller:
             event, told = self._events.get()
             try:
                 emit(event)
-            except Exception:  # noqa: BLE001 - a filter's or a handler's; as logging does with one
+            except BaseException:  # noqa: BLE001 - a filter's or a handler's; as logging does with one
                 traceback.print_exc()
             self._is_busy = False
             told.set()

@@ -264,7 +264,7 @@ class _Body:
             declared = options.build(self.actor, self._inner, {**self._options, **given})
         if declared is None:
             return self._fn(*args, **kwargs)
-        if not self._neighbours.are_still():
+        if not self._neighbours.are_current():
             self._neighbours = Neighbours(self._broker)
         delivery = Delivery(self._neighbours, message)
         # Values and no tokens: an interrupt may come before a token is written down.
@@ -345,8 +345,6 @@ class _Body:
     ) -> Any:
         """Run `body` guarded. `work`: the message's id; None: a direct call."""
         guard, template = declared
-        if not self._is_async and (work is None or not guard.admits_several):
-            return guard.run_as(template, body, args, kwargs, verbs)
         run = partial(guard.arun_as if self._is_async else guard.run_as, template, body, args, kwargs, verbs)
         if work is not None and guard.admits_several:
             run = partial(guard.arun_once if self._is_async else guard.run_once, work, run, _met, args, kwargs, verbs)

@@ -76,7 +76,7 @@ class Neighbours:
         self.results = next((one for one in self.middleware if isinstance(one, Results)), None)
         self._interrupting = [one for one in self.middleware if isinstance(one, (TimeLimit, ShutdownNotifications))]
 
-    def are_still(self) -> bool:
+    def are_current(self) -> bool:
         """Say whether the broker has the same ones still."""
         return self._identities == tuple(map(id, self.broker.middleware))
 
@@ -181,8 +181,6 @@ class Delivery:
 
     def has_run(self, result: Any) -> None:
         """Remember that it has its result, until it is acknowledged; note it where the body did not (a skip)."""
-        if self._results is None:
-            return
         if not self._is_noted:
             self.tell_unnoted(self.note_run(result))
         if self.has_result and self._goes_on():
