@@ -301,6 +301,7 @@ def test_a_command_that_a_signal_ends_leaves_nothing_at_work(run: Run, rival: Ri
     *pids, daemon = (int(said(process)) for _ in range(3))
     assert process.stdout
     assert process.stdout.readline() == "\n"
+    wait_for(lambda: os.getsid(daemon) == daemon)
     try:
         process.send_signal(number)
         assert process.wait(30) == 128 + number
