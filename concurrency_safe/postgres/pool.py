@@ -30,6 +30,9 @@ LOOK_AGAIN = 0.05
 #: its thread is in a signal's handler, or its event loop busy.
 PATIENCE, KEPT = 0.002, 0.02
 
+#: How often, in the time that an idle session is kept, the end of a turn looks for those that are idle for longer.
+PRUNES = 10
+
 
 class SessionPool:
     """The sessions of one database, and whose turn it is on them."""
@@ -40,8 +43,6 @@ class SessionPool:
         self._size = max(size, 1)
         self._kept = size
         self._max_idle = max_idle
-        #: More of them, and the end of a turn looks for idle ones to end: not for a single one, which was just used.
-        self._unpruned = min(size, 1) if max_idle else 0
         self._reset()
 
     def _reset(self) -> None:
@@ -54,6 +55,8 @@ class SessionPool:
         #: For whom a session is kept, and until when; and when that began last.
         self._kept_for: dict[LockSession, tuple[Borrower, float]] = {}
         self._kept_at = 0.0
+        #: When the end of a turn looks again for sessions that are idle for too long.
+        self._prune_at = 0.0
         # Re-entrant: the collector may come while this thread is in here.
         self.mutex = threading.RLock()
 
@@ -160,7 +163,7 @@ class SessionPool:
             session.user = borrower.session = None
             if self._queue:
                 self._call_next(session)
-            if len(self.sessions) > self._unpruned:
+            if len(self.sessions) > self._kept or session.used_at >= self._prune_at:
                 self.prune()
         if session.dead:
             self.forget(session)
@@ -212,8 +215,10 @@ class SessionPool:
 
         One more is kept where all others are full, or each further lock would open and end a session.
         """
-        oldest = time.monotonic() - self._max_idle
+        now = time.monotonic()
+        oldest = now - self._max_idle
         with self.mutex:
+            self._prune_at = now + self._max_idle / PRUNES
             for session in list(self.sessions):
                 if session.user is not None or session.held:
                     continue
@@ -235,9 +240,9 @@ class SessionPool:
 
     def _pick(self, borrower: Borrower, numbers: Sequence[int], name: str, *, empty: bool) -> LockSession | None:
         for session in self.sessions:
-            if session.user is not None or session.dead:
+            if session.held and (session.name != name or empty or not _serves(session, borrower, numbers, name)):
                 continue
-            if session.held and (empty or not _serves(session, borrower, numbers, name)):
+            if session.user is not None or session.dead:
                 continue
             if session in self._kept_for and self._is_kept_from(borrower, session):
                 continue
