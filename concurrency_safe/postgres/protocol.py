@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 from psycopg import OperationalError, pq
 from psycopg.pq.abc import PGconn, PGresult
@@ -173,20 +174,20 @@ def answer(pgconn: PGconn, until: float, spin: float = 0) -> Steps[PGresult]:
     if pgconn.flush():
         yield from _send(pgconn, until)
     last = None
-    spin_until = time.monotonic() + spin
+    look_until = time.monotonic() + spin if spin else None
     while True:
-        if not spin and not (yield SocketWait(pgconn.socket, READ, until)):
+        if look_until is not None:
+            _give_way()  # before the first look, too: no server answers in no time
+        elif not (yield SocketWait(pgconn.socket, READ, until)):
             raise ServerGoneError("the server did not answer in time")
         pgconn.consume_input()
         while not pgconn.is_busy():
             result = pgconn.get_result()
             if result is None:
-                return _checked(pgconn, last)
+                return last if last is not None and last.status in _OK else _refuse(pgconn, last)
             last = result
-        if spin:
-            _give_way()
-            if time.monotonic() > spin_until:
-                spin = 0
+        if look_until is not None and time.monotonic() > look_until:
+            look_until = None
 
 
 def _send(pgconn: PGconn, until: float) -> Steps[None]:
@@ -197,9 +198,7 @@ def _send(pgconn: PGconn, until: float) -> Steps[None]:
         pgconn.consume_input()
 
 
-def _checked(pgconn: PGconn, result: PGresult | None) -> PGresult:
-    if result is not None and result.status in _OK:
-        return result
+def _refuse(pgconn: PGconn, result: PGresult | None) -> NoReturn:
     sqlstate = result.error_field(pq.DiagnosticField.SQLSTATE) if result is not None else None
     if sqlstate is None or pgconn.status == pq.ConnStatus.BAD:
         raise ServerGoneError(pgconn.get_error_message())

@@ -7,6 +7,7 @@ for a signal, and after `SLICE` at the latest for an asynchronous exception.
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from typing import TypeVar
@@ -44,11 +45,11 @@ def _wait(want: Wait) -> bool:
         return True
     until = want.until
     while True:
-        left = SLICE if until is None else max(until - time.monotonic(), 0.0)
-        slice_ = min(SLICE, left)
+        left = math.inf if until is None else until - time.monotonic()
+        slice_ = SLICE if left > SLICE else max(left, 0.0)
         if want.gate.wait(slice_) if isinstance(want, GateWait) else wait_socket(want.fd, want.events, slice_):
             return True
-        if left <= slice_ and until is not None:
+        if left <= slice_:
             return False
 
 
