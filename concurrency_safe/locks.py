@@ -162,10 +162,11 @@ class Lock:
         trace: TracebackType | None,
     ) -> None:
         """Release the lock; in transaction scope it stays until the commit or rollback."""
-        if self._held is not None and self._held._is_entered:
+        held = self._held
+        if held is not None and held._is_entered:
             if error is None:  # which nothing here may hide
-                self._held._refuse_before_commit()
-            self._held._release(error)
+                held._refuse_before_commit()
+            held._release(error)
 
     def acquire(self) -> HeldLock:
         """Acquire the lock without a block; it is held until `HeldLock.release()`, or the end of the process."""
@@ -236,7 +237,6 @@ class HeldLock:
         "_lost",
         "_net",
         "_settings",
-        "_since",
         "_transaction",
         "waited",
     )
@@ -250,7 +250,6 @@ class HeldLock:
         self._transaction: TransactionLock | None = None
         self._callbacks: deque[Callable[[HeldLock], object]] | None = None
         self._lost = False
-        self._since = time.monotonic()
         self._active = False
         #: Seconds that the acquisition took.
         self.waited = 0.0
@@ -376,7 +375,7 @@ class HeldLock:
             keys if len(keys) == 1 else tuple(sorted(keys, key=_by_number)),
             options.shared,
             options.slots,
-            None if timeout is None else self._since + timeout,
+            None if timeout is None else self._footing.since + timeout,
             timeout,
             options.max_waiters,
         )
@@ -398,7 +397,7 @@ class HeldLock:
             else:
                 space = space_at_hand(connection, settings) or (yield from space_for(connection, settings))
                 yield from self._acquire_in_session(space, request)
-        self.waited = time.monotonic() - self._since
+        self.waited = time.monotonic() - self._footing.since
         if instrumentation.hooks:
             self._emit("acquired", waited=self.waited)
 
@@ -413,7 +412,7 @@ class HeldLock:
             blocker = yield from claims.enter(footing, request, owner)
             if blocker is not None:
                 raise self._conflict(request, _describe(blocker))
-        fresh = footing.fresh
+        fresh = [claim for claim in footing.claims if not claim.held]
         if not fresh:  # the owner holds all of it already
             footing.token = footing.claims[0].token
             return
@@ -480,7 +479,7 @@ class HeldLock:
         return True
 
     def _conflict(self, request: Request, holder: str | None) -> LockAcquireTimeout:
-        waited = time.monotonic() - self._since
+        waited = time.monotonic() - self._footing.since
         self._emit("conflicted", waited=waited, timeout=request.timeout, holder=holder)
         return LockAcquireTimeout(None, self._text, request.timeout, round(waited, 3), holder)
 
@@ -528,7 +527,7 @@ class HeldLock:
 
     def _report(self, error: BaseException | None, *, released: bool) -> None:
         if instrumentation.hooks:
-            self._emit("released", held=time.monotonic() - self._since - self.waited)
+            self._emit("released", held=time.monotonic() - self._footing.since - self.waited)
         if not released:
             self._tell_lost()
         if self._lost:

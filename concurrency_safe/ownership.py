@@ -75,8 +75,8 @@ class Claim:
         self.number = key.number
         #: The fencing token that came with the grant.
         self.token: int | None = None
-        #: The monotonic time of the grant; before it, of the claim.
-        self.since = time.monotonic()
+        #: The monotonic time of the grant; before it, of the acquisition's begin.
+        self.since = footing.since
 
     @property
     def is_orphan(self) -> bool:
@@ -104,7 +104,6 @@ class Footing:
         "_gate",
         "backend",
         "claims",
-        "fresh",
         "home",
         "inside",
         "lock",
@@ -112,12 +111,15 @@ class Footing:
         "ownership",
         "pid",
         "session",
+        "since",
         "token",
         "work",
     )
 
     def __init__(self, work: str | None, home: asyncio.AbstractEventLoop | None = None) -> None:
         """Stand on nothing. `work`: whose work it is for (a task's id), or None. `home`: the event loop, or None."""
+        #: The monotonic time of its begin.
+        self.since = time.monotonic()
         self.work = work
         self.home = home
         self.pid = forks.pid
@@ -131,9 +133,8 @@ class Footing:
         self.ownership: Ownership | None = None
         #: The lock store in which the claims are held.
         self.backend: Any = None
-        #: Every claim that this acquisition stands on, and those among them that it made.
+        #: Every claim that this acquisition stands on; those that are not held yet are its own.
         self.claims: list[Claim] = []
-        self.fresh: list[Claim] = []
         #: The session that it uses now.
         self.session: Any = None
         #: The fencing token that came with the grant.
@@ -225,31 +226,26 @@ class Ownership:
 
     def enter_alone(self, footing: Footing, request: Request, owner: Owner) -> bool:
         """Do what `enter` does for one key that nobody of this process has to do with now; False: `enter` must."""
-        keys = request.keys
-        if len(keys) > 1 or self._pid != forks.pid:
-            return False
-        key = keys[0]
+        key, *others = request.keys
         number = key.number
-        if number in self._entries or number in self._slots or request.slots > 1:
+        if others or request.slots > 1 or number in self._entries or number in self._slots or self._pid != forks.pid:
             return False
         claim = Claim(key, request, owner, footing)
-        footing.ownership = self
-        footing.claims.append(claim)
-        footing.fresh.append(claim)
         entry = _Entry(claim)
         entry.asker = claim
+        footing.ownership = self
+        footing.claims.append(claim)
         with self._mutex:
             if len(self._held) < self._max_held and self._entries.setdefault(number, entry) is entry:
                 self._held.add(claim)
                 return True
         footing.claims.clear()
-        footing.fresh.clear()
         return False
 
     def enter(self, footing: Footing, request: Request, owner: Owner) -> Steps[Claim | None]:
         """Make `owner` the one of this process who may ask for the keys, by the request's deadline.
 
-        The keys that it holds already are counted once more; `footing.fresh` are the others.
+        The keys that it holds already are counted once more; the claims on the others are not held yet.
 
         Returns: None, or the claim of the one who was in the way past the deadline.
         Raises: LockCapacityError, ConfigurationError, LockReentrancyError.
@@ -270,7 +266,6 @@ class Ownership:
 
     def _queue(self, footing: Footing, mine: Claim, deadline: float | None) -> Steps[Claim | None]:
         footing.claims.append(mine)
-        footing.fresh.append(mine)
         number = mine.key.number
         with self._mutex:
             entry = self._entries.get(number)
@@ -314,7 +309,9 @@ class Ownership:
 
     def confirm(self, footing: Footing) -> None:
         """Write down that the store has granted what `footing` asked for; readers and slots let the next one ask."""
-        for claim in footing.fresh:
+        for claim in footing.claims:
+            if claim.held:  # its owner entered it again
+                continue
             claim.held = True
             claim.since = time.monotonic()
             claim.token = footing.token

@@ -55,7 +55,7 @@ class Hold(Protocol):
     #: The number that is locked for it in the store: the key's own, or that of its slot.
     number: int
     session: Any
-    #: The monotonic time of the grant; before it, of the claim.
+    #: The monotonic time of the grant; before it, of the acquisition's begin.
     since: float
 
     def lose(self, *, apart: bool = False) -> None:

@@ -69,7 +69,6 @@ class PostgresBackend:
         Raises: LockUnavailable, LockDeadlock, LockCapacityError, LockAcquireTimeout (too many waiters),
             ConfigurationError.
         """
-        started = time.monotonic()
         numbers = _numbers(request)
         try:
             grant = yield from self._try(borrower, request, numbers)
@@ -82,7 +81,7 @@ class PostgresBackend:
                 if not self.pool.free_at_once(borrower):
                     yield from self.pool.free(borrower)
         except (ServerGoneError, ServerRefusedError) as error:
-            raise explain(error, request, time.monotonic() - started) from error
+            raise explain(error, request, time.monotonic() - holds[0].since) from error
         return grant
 
     def _try(self, borrower: Borrower, request: Request, numbers: Sequence[int]) -> Steps[Grant | None]:
@@ -210,11 +209,11 @@ class PostgresBackend:
                 if borrower.session is None and not session.dead:  # its turn did not come
                     yield from self.undo(borrower, mine)
                     continue
-            if ours:
-                yield from self._leave(borrower)
-            else:
+            if not ours:
                 released = False
                 yield from self._end(borrower)
+            elif (channels := session.asked()) or not self.pool.free_at_once(borrower):
+                yield from self._leave(borrower, channels)
         return released
 
     @staticmethod
@@ -236,14 +235,16 @@ class PostgresBackend:
             debts.discard((number, shared))
         return ours
 
-    def _leave(self, borrower: Borrower) -> Steps[None]:
-        """End the turn of `borrower`; a session that fails now costs it nothing, for it holds nothing there."""
+    def _leave(self, borrower: Borrower, channels: Sequence[bytes]) -> Steps[None]:
+        """Answer who asked, and end the turn of `borrower`.
+
+        A session that fails now costs it nothing, for it holds nothing there.
+        """
         session: LockSession = borrower.session
         try:
-            for channel in session.asked():
+            for channel in channels:
                 yield from session.tell(channel)
-            if not self.pool.free_at_once(borrower):
-                yield from self.pool.free(borrower)
+            yield from self.pool.free(borrower)
         except (ServerGoneError, ServerRefusedError):
             yield from self._end(borrower)
 
@@ -301,8 +302,9 @@ class PostgresBackend:
 
     def conflict(self, borrower: Borrower, request: Request) -> Steps[str | None]:
         """After a refusal: say who holds the keys, and end the turn of `borrower`."""
-        holders = yield from self.holders(borrower.session, request)
-        yield from self._leave(borrower)
+        session: LockSession = borrower.session
+        holders = yield from self.holders(session, request)
+        yield from self._leave(borrower, session.asked())
         return holders
 
     @staticmethod
