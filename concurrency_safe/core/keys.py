@@ -73,6 +73,7 @@ def _rendered(text: Rendered, namespace: str) -> LockKey:
     return LockKey(check_text(text), _number(namespace, b"text", text))
 
 
+@lru_cache(maxsize=64)
 def slot_numbers(key: LockKey, slots: int) -> tuple[int, ...]:
     """Give what PostgreSQL locks for a key with several slots: the gate, at which waiters queue, then each slot.
 
@@ -105,12 +106,12 @@ def check_text(text: str) -> str:
     return str.__str__(text)
 
 
-@lru_cache(maxsize=512)
 def _number(namespace: str, kind: bytes, *texts: str) -> int:
     """Hash version, namespace, kind and texts, each with its length before it, so that no two inputs meet."""
     digest = _begun(namespace, kind).copy()
     for text in texts:
-        digest.update(_measured(text.encode()))
+        piece = text.encode()
+        digest.update(len(piece).to_bytes(8, "big") + piece)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
@@ -118,9 +119,5 @@ def _number(namespace: str, kind: bytes, *texts: str) -> int:
 def _begun(namespace: str, kind: bytes) -> blake2b:
     digest = blake2b(digest_size=8)
     for piece in (VERSION, namespace.encode(), kind):
-        digest.update(_measured(piece))
+        digest.update(len(piece).to_bytes(8, "big") + piece)
     return digest
-
-
-def _measured(piece: bytes) -> bytes:
-    return len(piece).to_bytes(8, "big") + piece

@@ -81,10 +81,12 @@ class Parameters:
 
     def fit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Say whether Python would call the function with these arguments."""
-        most = len(self._positional)
-        if len(args) > most and not self._takes_any_positional:
-            return False
-        rest = self._rests[min(len(args), most)]
+        count, most = len(args), len(self._positional)
+        if count > most:
+            if not self._takes_any_positional:
+                return False
+            count = most
+        rest = self._rests[count]
         if rest.needed is None:
             return False
         if not kwargs:

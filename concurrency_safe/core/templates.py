@@ -9,7 +9,7 @@ from typing import Any
 
 from .canonical import canonical, canonical_arguments, formatted
 from .errors import ConfigurationError, KeyTemplateError
-from .keys import Rendered, check_text
+from .keys import Rendered
 from .parameters import Finder, Parameters, is_async, refuse_unfit
 
 _FORMS = (
@@ -140,9 +140,7 @@ class _Part:
             texts.append(literal)
             if field is not None:
                 texts.append(field.render(args, kwargs))
-        key = Rendered("".join(texts))
-        check_text(key)
-        return key
+        return Rendered("".join(texts))
 
 
 class _Field:
