@@ -345,6 +345,8 @@ class _Body:
     ) -> Any:
         """Run `body` guarded. `work`: the message's id; None: a direct call."""
         guard, template = declared
+        if not (self._is_async or guard.admits_several):
+            return guard.run_as(template, body, args, kwargs, verbs)
         run = partial(guard.arun_as if self._is_async else guard.run_as, template, body, args, kwargs, verbs)
         if work is not None and guard.admits_several:
             run = partial(guard.arun_once if self._is_async else guard.run_once, work, run, _met, args, kwargs, verbs)

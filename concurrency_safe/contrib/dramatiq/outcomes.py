@@ -65,20 +65,19 @@ class HasRun(Exception):
 class Neighbours:
     """The middlewares of a broker with which a delivery has to do, as long as there are no others."""
 
-    __slots__ = ("_identities", "_interrupting", "broker", "middleware", "results")
+    __slots__ = ("_interrupting", "broker", "middleware", "results")
 
     def __init__(self, broker: Any) -> None:
         """Look through those of now."""
         self.broker = broker
         self.middleware: list[Any] = list(broker.middleware)
-        self._identities = tuple(map(id, self.middleware))
         #: The one that keeps results, or None.
         self.results = next((one for one in self.middleware if isinstance(one, Results)), None)
         self._interrupting = [one for one in self.middleware if isinstance(one, (TimeLimit, ShutdownNotifications))]
 
     def are_current(self) -> bool:
         """Say whether the broker has the same ones still."""
-        return self._identities == tuple(map(id, self.broker.middleware))
+        return bool(self.middleware == self.broker.middleware)
 
     def disarm(self, message: Any) -> None:
         """Take back what would interrupt the thread that processes `message`."""
@@ -247,7 +246,7 @@ def _watched(hook: Callable[..., None]) -> Callable[..., None]:
 
 def note_told(broker: Any, message: Any) -> None:
     """Note that those that go on from `message` were told, just before it is acknowledged; unless that failed."""
-    if getattr(message, _IS_TOLD, False):
+    if vars(message).get(_IS_TOLD):  # a proxy would ask its message first, and raise an error inside
         Delivery(Neighbours(broker), message).note_told()
 
 
