@@ -32,7 +32,8 @@ STALL = 10.0
 #: Seconds past `lock_timeout` by which the server must have ended the wait; after them the client ends it.
 GRACE = 1.0
 
-#: Seconds for which an answer is looked for before the wait for it begins, where the last one came within `BRISK`.
+#: Seconds for which an answer is looked for before the wait for it begins, where the last one came without a wait, or
+#: within `BRISK`.
 #: Measured (docs/decisions/0015-look-before-sleep.md): a pair of statements takes 43 us so, and 142 without.
 SPIN = 50e-6
 BRISK = 150e-6
@@ -112,16 +113,26 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
         raise
 
 
-class Wire:
-    """A connection, and what is known of it: the statements prepared there, and whether its answers come at once."""
+class Pace:
+    """Whether the answers of a server come at once: then the next one is looked for before the wait for it begins."""
 
-    __slots__ = ("is_brisk", "pgconn", "prepared")
+    __slots__ = ("is_brisk",)
+
+    def __init__(self) -> None:
+        """Expect so of a server that is not known yet."""
+        self.is_brisk = True
+
+
+class Wire:
+    """A connection, and what is known of it: the statements prepared there, and the pace of its answers."""
+
+    __slots__ = ("pace", "pgconn", "prepared")
 
     def __init__(self, pgconn: PGconn) -> None:
         """Take `pgconn` as it is after its start."""
         self.pgconn = pgconn
         self.prepared: set[bytes] = set()
-        self.is_brisk = True
+        self.pace = Pace()
 
 
 def execute(
@@ -135,59 +146,61 @@ def execute(
     Raises: ServerRefusedError, ServerGoneError.
     """
     pgconn = wire.pgconn
-    sent = time.monotonic()
     try:
         if statement.name not in wire.prepared:
             pgconn.send_prepare(statement.name, statement.text)
-            yield from answer(pgconn, until or sent + STALL)
+            yield from answer(pgconn, until)
             wire.prepared.add(statement.name)
         pgconn.send_query_prepared(statement.name, params)
-        if until is not None:
-            return (yield from answer(pgconn, until))
-        result = yield from answer(pgconn, sent + STALL, SPIN if wire.is_brisk else 0)
-        wire.is_brisk = time.monotonic() - sent < BRISK
+        return (yield from answer(pgconn, until, wire.pace if until is None else None))
     except OperationalError as error:
         raise ServerGoneError(str(error)) from error
-    return result
 
 
-def query(pgconn: PGconn, text: bytes, until: float | None = None, spin: float = 0) -> Steps[PGresult]:
-    """Run `text` by the simple protocol: for statements that a session sends once. `spin`: see `answer`.
+def query(pgconn: PGconn, text: bytes, until: float | None = None, pace: Pace | None = None) -> Steps[PGresult]:
+    """Run `text` by the simple protocol: for statements that a session sends once. `until`, `pace`: see `answer`.
 
     Raises: ServerRefusedError, ServerGoneError.
     """
     try:
         pgconn.send_query(text)
-        return (yield from answer(pgconn, time.monotonic() + STALL if until is None else until, spin))
+        return (yield from answer(pgconn, until, pace))
     except OperationalError as error:
         raise ServerGoneError(str(error)) from error
 
 
-def answer(pgconn: PGconn, until: float, spin: float = 0) -> Steps[PGresult]:
+def answer(pgconn: PGconn, until: float | None, pace: Pace | None = None) -> Steps[PGresult]:
     """Send what is buffered, then read the last result of the statement under way.
 
-    `spin`: seconds for which it is looked for before the wait, since a server nearby answers in less time than it takes
-    to fall asleep and to be woken.
+    `until`: the monotonic time by which it must be there; None: `STALL` seconds from now. `pace`: where it says so, the
+    answer is looked for before the wait, since a server nearby answers in less time than it takes to fall asleep and to
+    be woken; it learns from this answer. It is looked for once in any case: while the statement was sent other threads
+    may have run, for longer than any answer takes.
 
     Raises: ServerRefusedError, ServerGoneError.
     """
+    began = time.monotonic()
+    end = began + STALL if until is None else until
     if pgconn.flush():
-        yield from _send(pgconn, until)
+        yield from _send(pgconn, end)
     last = None
-    look_until = time.monotonic() + spin if spin else None
+    spin_until = began + SPIN if pace is not None and pace.is_brisk else 0.0
+    waited = False
     while True:
-        if look_until is not None:
-            _give_way()  # before the first look, too: no server answers in no time
-        elif not (yield SocketWait(pgconn.socket, READ, until)):
-            raise ServerGoneError("the server did not answer in time")
         pgconn.consume_input()
         while not pgconn.is_busy():
             result = pgconn.get_result()
             if result is None:
+                if pace is not None:
+                    pace.is_brisk = not waited or time.monotonic() - began < BRISK
                 return last if last is not None and last.status in _OK else _refuse(pgconn, last)
             last = result
-        if look_until is not None and time.monotonic() > look_until:
-            look_until = None
+        if time.monotonic() < spin_until:
+            _give_way()
+            continue
+        waited = True
+        if not (yield SocketWait(pgconn.socket, READ, end)):
+            raise ServerGoneError("the server did not answer in time")
 
 
 def _send(pgconn: PGconn, until: float) -> Steps[None]:

@@ -36,8 +36,8 @@ _SAVEPOINT = "concurrency_safe_wait"
 #: the queue each time.
 BLOCKING_PIECE = 0.2
 
-#: Whether the last answer on an alias came at once (see `protocol.Wire`).
-_is_brisk: dict[str, bool] = {}
+#: The pace of the answers on an alias.
+_paces: dict[str, protocol.Pace] = {}
 
 
 class TransactionLock:
@@ -156,10 +156,9 @@ class TransactionLock:
         # Django's cursor begins the transaction, and shows its statements to whoever listens.
         if raw is None or not _is_begun(raw) or connection.queries_logged or connection.execute_wrappers:
             return bool(self._row(statement, [key.number])[0])
-        sent = time.monotonic()
-        spin = protocol.SPIN if _is_brisk.get(connection.alias, True) else 0
+        pace = _paces.setdefault(connection.alias, protocol.Pace())
         try:
-            result = drive(protocol.query(raw.pgconn, (statement % key.number).encode(), spin=spin))
+            result = drive(protocol.query(raw.pgconn, (statement % key.number).encode(), pace=pace))
         except (protocol.ServerGoneError, protocol.ServerRefusedError):
             connection.errors_occurred = True  # as of a cursor's: Django looks after the connection
             raise
@@ -169,7 +168,6 @@ class TransactionLock:
             except protocol.ServerGoneError:
                 connection.close()
             raise
-        _is_brisk[connection.alias] = time.monotonic() - sent < protocol.BRISK
         return result.get_value(0, 0) == b"t"
 
     def _end_statement(self) -> None:

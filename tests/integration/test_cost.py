@@ -1,13 +1,24 @@
-"""What an uncontended lock costs, counted in the server's log."""
+"""What an uncontended lock costs: statements, counted in the server's log, and waits for their answers."""
 
 from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
+import time
 
+import pytest
+
+from concurrency_safe import lock
+from concurrency_safe.postgres import protocol
+from concurrency_safe.postgres.protocol import answer
+from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
+from tests.integration.conftest import LIMIT, wait_for
+from tests.integration.test_shared_sessions import going_on, session_of, silent
 
 ROUNDS = 10
 
@@ -27,6 +38,7 @@ import django
 from django.db import connection, transaction
 django.setup()
 from concurrency_safe import lock
+from concurrency_safe.postgres import protocol
 for _ in range(10):
     with transaction.atomic(), lock("one"):
         connection.cursor().execute("SELECT 'the body'")
@@ -64,3 +76,50 @@ def test_a_transaction_lock_is_one_statement() -> None:
     ours = [re.sub(r"\(.*\)", "()", text) for text in sent[-4 * ROUNDS :]]
 
     assert ours == ["BEGIN", "SELECT pg_try_advisory_xact_lock()", "SELECT 'the body'", "COMMIT"] * ROUNDS
+
+
+@pytest.mark.parametrize("was_brisk", [False, True])
+def test_an_answer_that_is_there_is_not_waited_for(dsn: str, *, was_brisk: bool) -> None:
+    with lock("one") as held:
+        session = session_of(held)
+        session.wire.pace.is_brisk = was_brisk
+        session.pgconn.send_query(b"SELECT 1")
+        assert select.select([session.pgconn.socket], [], [], LIMIT)[0]
+        with pytest.raises(StopIteration):
+            next(answer(session.pgconn, None, session.wire.pace))
+        assert session.wire.pace.is_brisk
+
+
+def test_other_threads_that_run_meanwhile_say_nothing_against_the_pace(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others_run() -> None:
+        late = time.monotonic() + protocol.BRISK
+        os.kill(session.pid, signal.SIGCONT)
+        select.select([session.pgconn.socket], [], [], LIMIT)
+        wait_for(lambda: time.monotonic() > late)
+
+    with lock("one") as held:
+        session = session_of(held)
+        session.wire.pace.is_brisk = True
+        monkeypatch.setattr(protocol, "SPIN", LIMIT)  # ours may come late, too
+        monkeypatch.setattr(protocol, "_give_way", others_run)
+        with silent(session):
+            session.pgconn.send_query(b"SELECT 1")
+            with pytest.raises(StopIteration):
+                next(answer(session.pgconn, None, session.wire.pace))
+        assert session.wire.pace.is_brisk
+
+
+def test_an_answer_that_comes_late_is_not_looked_for_the_next_time(dsn: str) -> None:
+    with lock("one") as held:
+        session = session_of(held)
+        session.wire.pace.is_brisk = True
+        with silent(session):
+            session.pgconn.send_query(b"SELECT 1")
+            steps = answer(session.pgconn, None, session.wire.pace)
+            next(steps)
+            late = time.monotonic() + protocol.BRISK
+            wait_for(lambda: time.monotonic() > late)
+        drive(going_on(steps))
+        assert not session.wire.pace.is_brisk

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import gc
 import logging
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +57,16 @@ def session_of(held: HeldLock) -> LockSession:
     return session
 
 
+@contextlib.contextmanager
+def silent(session: LockSession) -> Iterator[None]:
+    """Let the server not answer: whoever asks has to wait."""
+    os.kill(session.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(session.pid, signal.SIGCONT)
+
+
 def going_on(steps: Steps[T]) -> Steps[T]:
     """Go on with a rule that has waited once."""
     came = True
@@ -89,9 +102,9 @@ def test_a_release_waits_for_its_turn_on_a_session_in_use(backend: PostgresBacke
 
 def test_a_release_pays_for_a_lock_that_was_forgotten_meanwhile(backend: PostgresBackend, rival: Rival) -> None:
     kept, held = lock("kept", backend=backend).acquire(), [lock("one", backend=backend).acquire()]
-    session_of(kept).wire.is_brisk = False
     releasing = kept._give_up()
-    next(releasing)  # sent, and waits for the answer
+    with silent(session_of(kept)):
+        next(releasing)  # sent, and waits for the answer
     forget(held)
     assert drive(going_on(releasing))
     assert rival.is_free("kept")
@@ -120,13 +133,13 @@ def test_an_acquisition_that_is_cut_off_leaves_the_others_on_its_session(
 ) -> None:
     """Stopped as its statement is under way, and granted later: the session is cleaned, not closed."""
     kept = lock("kept", backend=backend).acquire()
-    session_of(kept).wire.is_brisk = False
     footing = Footing(None)
     footing.backend = backend
     request = Request((lock_key("one"),))
     claim = Claim(request.keys[0], request, Owner(None, None), footing)
     acquiring = backend.acquire(footing, request, [claim])
-    next(acquiring)  # sent, and waits for the answer
+    with silent(session_of(kept)):
+        next(acquiring)  # sent, and waits for the answer
     acquiring.close()
     drive(backend.undo(footing, [claim]))
 
@@ -157,14 +170,14 @@ def test_a_lock_forgotten_while_another_is_acquired_is_paid_for(
 ) -> None:
     """Whatever that acquisition hears; what it was about is not all that its session may owe."""
     kept, held = lock("kept", backend=backend).acquire(), [lock("one", backend=backend).acquire()]
-    session_of(kept).wire.is_brisk = False
     if taken:
         rival.hold("two")
     footing = Footing(None)
     request = Request((lock_key("two"),), timeout=0)
     claim = Claim(request.keys[0], request, Owner(None, None), footing)
     acquiring = backend.acquire(footing, request, [claim])
-    next(acquiring)  # sent, and waits for the answer
+    with silent(session_of(kept)):
+        next(acquiring)  # sent, and waits for the answer
     forget(held)
     grant = drive(going_on(acquiring))
     assert (grant is None) == taken

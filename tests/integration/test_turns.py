@@ -28,7 +28,7 @@ from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.waiting import drive
 from tests.integration.conftest import LIMIT, LockStore, Rival, wait_for
-from tests.integration.test_shared_sessions import going_on
+from tests.integration.test_shared_sessions import going_on, silent
 from tests.servers.wire import Wire, cut
 
 
@@ -42,9 +42,9 @@ def backend(dsn: str) -> Iterator[PostgresBackend]:
 def test_nobody_enters_again_what_another_thread_is_releasing(backend: PostgresBackend, rival: Rival) -> None:
     held = lock("one", backend=backend).acquire()
     session = held._footing.claims[0].session
-    session.wire.is_brisk = False
     steps = held._give_up()
-    next(steps)  # the statement is under way
+    with silent(session):
+        next(steps)  # the statement is under way
     releasing = threading.Thread(target=lambda: drive(going_on(steps)))
 
     releasing.start()
@@ -58,9 +58,9 @@ def test_nobody_enters_again_what_another_thread_is_releasing(backend: PostgresB
 def test_nobody_enters_again_what_another_task_is_releasing(dsn: str, rival: Rival) -> None:
     async def go() -> None:
         held = await lock("one").aacquire()
-        held._footing.claims[0].session.wire.is_brisk = False
-        releasing = asyncio.create_task(held.arelease())
-        await asyncio.sleep(0)  # it has begun
+        with silent(held._footing.claims[0].session):
+            releasing = asyncio.create_task(held.arelease())
+            await asyncio.sleep(0)  # it has begun
         async with lock("one") as again:
             await releasing
             again.check()
@@ -392,9 +392,9 @@ def test_a_release_hears_nothing_of_what_its_session_owes_for_others(dsn: str, r
     backend = PostgresBackend(wire.dsn, StoreOptions())
     held = lock("one", backend=backend).acquire()
     session = held._footing.claims[0].session
-    session.wire.is_brisk = False
     releasing = held._give_up()
-    next(releasing)  # sent, and waits for the answer
+    with silent(session):
+        next(releasing)  # sent, and waits for the answer
     session.debts.add((lock_key("forgotten").number, False))
     wire.fail(b"DEALLOCATE", cut)
 
