@@ -15,6 +15,7 @@ from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from concurrency_safe.core.errors import ConfigurationError, LockAcquireTimeout, LockUnavailable
+from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.options import UNSET, LockOptions
 from concurrency_safe.core.parameters import is_async, refuse_unfit
 from concurrency_safe.core.policies import Call, ConflictPolicy, Raise, Retry, Skip, resolve_policy
@@ -152,8 +153,12 @@ class Guard:
         return cast("R", await self.arun_as(self._template(fn), fn, args, kwargs, DIRECT))
 
     def lock(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Lock:
-        """Give the lock that the call `fn(*args, **kwargs)` would take."""
-        return Lock((self._template(fn).render(args, kwargs),), self.options)
+        """Give the lock that the call `fn(*args, **kwargs)` would take.
+
+        Raises: KeyTemplateError, ConfigurationError; TypeError: the arguments don't fit.
+        """
+        key = self._template(fn).render(args, kwargs)
+        return Lock((key,), self.options, (lock_key(key),))
 
     def _template(self, fn: Callable[..., Any]) -> KeyTemplate:
         """Give the template for `fn`, which `run` gets anew at each call.

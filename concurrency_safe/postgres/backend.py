@@ -46,6 +46,7 @@ class PostgresBackend:
         self._conninfo = complete_conninfo(dsn)
         self._now = now
         self._options = options
+        self._pace = protocol.Pace()
         self.pool = SessionPool(self._open, options.pool_size, options.pool_idle)
         #: Keys that were busy lately, by number, and for how many more turns they count as busy.
         self._busy: dict[int, int] = {}
@@ -58,6 +59,7 @@ class PostgresBackend:
             self._conninfo = complete_conninfo(dsns[0])
         opened = open_pooled_session if self._options.pooled else open_session
         session: LockSession = yield from opened(self._conninfo)
+        session.wire.pace = self._pace
         watch(session, self.pool)
         return session
 

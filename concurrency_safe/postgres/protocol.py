@@ -38,6 +38,10 @@ GRACE = 1.0
 SPIN = 50e-6
 BRISK = 150e-6
 
+#: Seconds spent on answers that needed no wait, after which one is waited for all the same: an event loop, or gevent's
+#: hub, must have a turn.
+TURN = 0.01
+
 #: Lets others run: on one processor it is the server's turn then. macOS and Windows have no such call.
 _give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # noqa: TID251 - 0 is no sleep
 
@@ -116,11 +120,22 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
 class Pace:
     """Whether the answers of a server come at once: then the next one is looked for before the wait for it begins."""
 
-    __slots__ = ("is_brisk",)
+    __slots__ = ("is_brisk", "spent")
 
     def __init__(self) -> None:
         """Expect so of a server that is not known yet."""
         self.is_brisk = True
+        #: Seconds spent on answers since the last one that was waited for.
+        self.spent = 0.0
+
+    def learn(self, took: float, *, waited: bool) -> None:
+        """Learn from an answer that took so many seconds.
+
+        One that was there at a look came at once, however late the look: other threads have run, not the server.
+        """
+        if self.spent < TURN:  # else the wait was others' turn
+            self.is_brisk = not waited or took < BRISK
+        self.spent = 0.0 if waited else self.spent + took
 
 
 class Wire:
@@ -146,61 +161,60 @@ def execute(
     Raises: ServerRefusedError, ServerGoneError.
     """
     pgconn = wire.pgconn
+    sent = time.monotonic()
+    end = sent + STALL if until is None else until
     try:
         if statement.name not in wire.prepared:
             pgconn.send_prepare(statement.name, statement.text)
-            yield from answer(pgconn, until)
+            yield from answer(pgconn, end)
             wire.prepared.add(statement.name)
         pgconn.send_query_prepared(statement.name, params)
-        return (yield from answer(pgconn, until, wire.pace if until is None else None))
+        return (yield from answer(pgconn, end, wire.pace if until is None else None, sent))
     except OperationalError as error:
         raise ServerGoneError(str(error)) from error
 
 
 def query(pgconn: PGconn, text: bytes, until: float | None = None, pace: Pace | None = None) -> Steps[PGresult]:
-    """Run `text` by the simple protocol: for statements that a session sends once. `until`, `pace`: see `answer`.
+    """Run `text` by the simple protocol: for statements that a session sends once. `pace`: see `answer`.
 
     Raises: ServerRefusedError, ServerGoneError.
     """
+    sent = time.monotonic()
     try:
         pgconn.send_query(text)
-        return (yield from answer(pgconn, until, pace))
+        return (yield from answer(pgconn, sent + STALL if until is None else until, pace, sent))
     except OperationalError as error:
         raise ServerGoneError(str(error)) from error
 
 
-def answer(pgconn: PGconn, until: float | None, pace: Pace | None = None) -> Steps[PGresult]:
+def answer(pgconn: PGconn, until: float, pace: Pace | None = None, sent: float = 0.0) -> Steps[PGresult]:
     """Send what is buffered, then read the last result of the statement under way.
 
-    `until`: the monotonic time by which it must be there; None: `STALL` seconds from now. `pace`: where it says so, the
-    answer is looked for before the wait, since a server nearby answers in less time than it takes to fall asleep and to
-    be woken; it learns from this answer. It is looked for once in any case: while the statement was sent other threads
-    may have run, for longer than any answer takes.
+    `pace`: of a server that answers this statement, which was `sent` then, at once. The answer is looked for before the
+    wait for it, since a server nearby answers in less time than it takes to fall asleep and to be woken; once in any
+    case, since other threads may have run while the statement was sent. None: it is waited for.
 
     Raises: ServerRefusedError, ServerGoneError.
     """
-    began = time.monotonic()
-    end = began + STALL if until is None else until
     if pgconn.flush():
-        yield from _send(pgconn, end)
+        yield from _send(pgconn, until)
     last = None
-    spin_until = began + SPIN if pace is not None and pace.is_brisk else 0.0
-    waited = False
+    looks = pace is not None and pace.spent < TURN
+    spin_until = sent + SPIN if pace is not None and pace.is_brisk else 0.0
     while True:
+        if not looks and not (yield SocketWait(pgconn.socket, READ, until)):
+            raise ServerGoneError("the server did not answer in time")
         pgconn.consume_input()
         while not pgconn.is_busy():
             result = pgconn.get_result()
             if result is None:
                 if pace is not None:
-                    pace.is_brisk = not waited or time.monotonic() - began < BRISK
+                    pace.learn(time.monotonic() - sent, waited=not looks)
                 return last if last is not None and last.status in _OK else _refuse(pgconn, last)
             last = result
-        if time.monotonic() < spin_until:
+        looks = looks and time.monotonic() < spin_until
+        if looks:
             _give_way()
-            continue
-        waited = True
-        if not (yield SocketWait(pgconn.socket, READ, end)):
-            raise ServerGoneError("the server did not answer in time")
 
 
 def _send(pgconn: PGconn, until: float) -> Steps[None]:

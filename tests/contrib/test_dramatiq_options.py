@@ -36,6 +36,7 @@ from concurrency_safe import (
     lock,
 )
 from concurrency_safe.contrib.dramatiq import ConcurrencySafeMiddleware, middleware, requeue
+from concurrency_safe.contrib.dramatiq.outcomes import Neighbours
 from concurrency_safe.locks import current_work
 from tests.integration.conftest import Rival, wait_for
 
@@ -401,6 +402,20 @@ def test_a_message_may_have_options_of_others(rival: Rival) -> None:
     actor = actor_of(noting(seen), broker=broker, lock_key="pay:{user_id}")
     assert process(broker, actor.message_with_options(args=(7,), timeout=3, colour="red")) == []
     assert seen == ["pay:7"]
+
+
+def test_a_middleware_that_takes_the_place_of_an_equal_one_is_another() -> None:
+    class Equal(Middleware):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    broker = a_broker(Equal())
+    neighbours = Neighbours(broker)
+    assert neighbours.are_current()
+    broker.middleware[0] = Equal()
+    assert not neighbours.are_current()
 
 
 def with_results() -> StubBroker:

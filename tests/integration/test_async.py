@@ -68,6 +68,32 @@ async def gaps() -> AsyncIterator[list[float]]:
         looking.cancel()
 
 
+def test_a_task_that_takes_locks_without_rest_leaves_turns_to_others_beside_a_busy_thread() -> None:
+    """That thread runs whenever a statement is sent, so every answer is there by the first look."""
+    is_over = False
+
+    def be_busy() -> None:
+        while not is_over:
+            sum(range(2000))
+
+    async def main() -> int:
+        async with lock("warm"):
+            pass
+        async with gaps() as seen:
+            for _ in range(200):
+                async with lock("one"):
+                    pass
+        return len(seen)
+
+    busy = threading.Thread(target=be_busy)
+    busy.start()
+    try:
+        assert asyncio.run(main()) > 200
+    finally:
+        is_over = True
+        busy.join()
+
+
 def test_no_two_tasks_hold_a_key(store: LockStore) -> None:
     inside: Counter[int] = Counter()
     most: Counter[int] = Counter()

@@ -13,8 +13,10 @@ import time
 import pytest
 
 from concurrency_safe import lock
+from concurrency_safe.core.steps import SocketWait
 from concurrency_safe.postgres import protocol
 from concurrency_safe.postgres.protocol import answer
+from concurrency_safe.postgres.sql import Statement
 from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import LIMIT, wait_for
@@ -38,7 +40,6 @@ import django
 from django.db import connection, transaction
 django.setup()
 from concurrency_safe import lock
-from concurrency_safe.postgres import protocol
 for _ in range(10):
     with transaction.atomic(), lock("one"):
         connection.cursor().execute("SELECT 'the body'")
@@ -83,10 +84,11 @@ def test_an_answer_that_is_there_is_not_waited_for(dsn: str, *, was_brisk: bool)
     with lock("one") as held:
         session = session_of(held)
         session.wire.pace.is_brisk = was_brisk
+        sent = time.monotonic()
         session.pgconn.send_query(b"SELECT 1")
         assert select.select([session.pgconn.socket], [], [], LIMIT)[0]
         with pytest.raises(StopIteration):
-            next(answer(session.pgconn, None, session.wire.pace))
+            next(answer(session.pgconn, sent + LIMIT, session.wire.pace, sent))
         assert session.wire.pace.is_brisk
 
 
@@ -105,10 +107,42 @@ def test_other_threads_that_run_meanwhile_say_nothing_against_the_pace(
         monkeypatch.setattr(protocol, "SPIN", LIMIT)  # ours may come late, too
         monkeypatch.setattr(protocol, "_give_way", others_run)
         with silent(session):
+            sent = time.monotonic()
             session.pgconn.send_query(b"SELECT 1")
             with pytest.raises(StopIteration):
-                next(answer(session.pgconn, None, session.wire.pace))
+                next(answer(session.pgconn, sent + LIMIT, session.wire.pace, sent))
         assert session.wire.pace.is_brisk
+
+
+def test_after_a_while_an_answer_that_is_there_is_waited_for(dsn: str) -> None:
+    """Else a task that takes locks without rest keeps its event loop from all others; that is no change of the pace."""
+    with lock("one") as held:
+        session = session_of(held)
+        session.wire.pace.is_brisk = True
+        session.wire.pace.spent = protocol.TURN
+        sent = time.monotonic()
+        session.pgconn.send_query(b"SELECT 1")
+        assert select.select([session.pgconn.socket], [], [], LIMIT)[0]
+        late = time.monotonic() + protocol.BRISK
+        wait_for(lambda: time.monotonic() > late)
+        steps = answer(session.pgconn, sent + LIMIT, session.wire.pace, sent)
+        assert next(steps)
+        drive(going_on(steps))
+        assert session.wire.pace.is_brisk
+        assert session.wire.pace.spent == 0.0
+
+
+def test_a_first_statement_and_its_preparation_have_one_deadline(dsn: str) -> None:
+    with lock("one") as held:
+        session = session_of(held)
+        steps = protocol.execute(session.wire, Statement(b"new", b"SELECT 1"))
+        with silent(session):
+            preparing = next(steps)
+        assert isinstance(preparing, SocketWait)
+        assert select.select([preparing.fd], [], [], LIMIT)[0]
+        with silent(session):
+            assert next(going_on(steps)) == preparing  # the same deadline
+        drive(going_on(steps))
 
 
 def test_an_answer_that_comes_late_is_not_looked_for_the_next_time(dsn: str) -> None:
@@ -116,8 +150,9 @@ def test_an_answer_that_comes_late_is_not_looked_for_the_next_time(dsn: str) -> 
         session = session_of(held)
         session.wire.pace.is_brisk = True
         with silent(session):
+            sent = time.monotonic()
             session.pgconn.send_query(b"SELECT 1")
-            steps = answer(session.pgconn, None, session.wire.pace)
+            steps = answer(session.pgconn, sent + LIMIT, session.wire.pace, sent)
             next(steps)
             late = time.monotonic() + protocol.BRISK
             wait_for(lambda: time.monotonic() > late)

@@ -67,6 +67,11 @@ def test_keys_that_are_equal_are_not_the_same() -> None:
         Guard(1).lock(buy, "a")
 
 
+def test_a_bad_key_is_an_error_of_the_line_that_names_the_lock() -> None:
+    with pytest.raises(KeyTemplateError, match="half a character"):
+        Guard("stock:{sku}").lock(buy, "\udc80")
+
+
 def test_a_guard_forgets_the_functions_that_it_knows() -> None:
     guard = Guard("k:{sku}")
     for _ in range(200):

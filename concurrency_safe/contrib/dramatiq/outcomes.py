@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import threading
 import time
 import uuid
@@ -77,7 +78,8 @@ class Neighbours:
 
     def are_current(self) -> bool:
         """Say whether the broker has the same ones still."""
-        return bool(self.middleware == self.broker.middleware)
+        now = self.broker.middleware
+        return len(now) == len(self.middleware) and all(map(operator.is_, now, self.middleware))
 
     def disarm(self, message: Any) -> None:
         """Take back what would interrupt the thread that processes `message`."""
@@ -246,7 +248,7 @@ def _watched(hook: Callable[..., None]) -> Callable[..., None]:
 
 def note_told(broker: Any, message: Any) -> None:
     """Note that those that go on from `message` were told, just before it is acknowledged; unless that failed."""
-    if vars(message).get(_IS_TOLD):  # a proxy would ask its message first, and raise an error inside
+    if getattr(message, _IS_TOLD, False):
         Delivery(Neighbours(broker), message).note_told()
 
 
