@@ -36,10 +36,17 @@ class Spread(NamedTuple):
 def parser(documentation: str | None, **defaults: int) -> argparse.ArgumentParser:
     """Make the command line of a benchmark: `--docs`, and a whole number for each of `defaults`."""
     made = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--docs", type=Path, metavar="FOLDER", help="where to write the table and the picture, too")
+    made.add_argument("--docs", type=_folder, metavar="FOLDER", help="where to write the table and the picture, too")
     for name, value in defaults.items():
         made.add_argument(f"--{name}", type=int, default=value)
     return made
+
+
+def _folder(text: str) -> Path:
+    """Make the folder now: after the measurement, a missing one would cost its results."""
+    folder = Path(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def table(head: str, rows: Iterable[str]) -> list[str]:
