@@ -6,7 +6,6 @@ behind: what an acquisition stands on is written into its `HeldLock` step by ste
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import contextlib
 import time
@@ -15,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from concurrency_safe import forks, instrumentation
+from concurrency_safe import forks, instrumentation, threads
 from concurrency_safe.conf import Settings, get_settings
 from concurrency_safe.core.errors import (
     ConcurrencySafeError,
@@ -576,13 +576,12 @@ class HeldLock:
         footing = self._footing
         return any(claim.held and footing.backend.is_lost(claim) for claim in footing.claims)
 
-    def _tell_lost(self, *, apart: bool = False) -> None:
-        """Say it once: to the log, the hooks, and the callbacks; `apart`: see `core.sessions.Hold`."""
+    def _tell_lost(self) -> None:
+        """Say it once: to the log, the hooks, and the callbacks."""
         if self._lost:
             return
         self._lost = True
-        tell = instrumentation.emit_apart if apart else instrumentation.emit
-        tell(LockEvent("lost", self.keys))
+        instrumentation.tell_apart(partial(instrumentation.emit, LockEvent("lost", self.keys)))
         self._call_at_home()
 
     def _call_at_home(self) -> None:
@@ -597,8 +596,9 @@ class HeldLock:
             callback = self._callbacks.popleft()
             try:
                 callback(self)
-            except Exception:  # noqa: BLE001 - logged; one callback must not keep the others from hearing
-                instrumentation.logger.exception("a callback on the loss of lock %r failed", self._text)
+            except Exception as error:  # noqa: BLE001 - logged; one callback must not keep the others from hearing
+                failed = "a callback on the loss of lock %r failed"
+                instrumentation.tell_apart(partial(instrumentation.logger.error, failed, self._text, exc_info=error))
 
     def _report_loss(self, error: BaseException | None) -> None:
         if self._settings.on_lost != "raise":
@@ -662,7 +662,7 @@ def _catch(net: _Net) -> None:
     footing = net.footing
     if footing.is_amid_change():
         with contextlib.suppress(RuntimeError):  # the interpreter ends, and its sessions with it
-            _thread.start_new_thread(undo, (footing,))
+            threads.start(partial(undo, footing), "concurrency_safe undo")
     else:
         undo(footing)
 

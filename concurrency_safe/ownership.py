@@ -89,12 +89,12 @@ class Claim:
         """Whether it waits in the server."""
         return not self.held and any(getattr(footing.session, "blocked", False) for footing in self.stands)
 
-    def lose(self, *, apart: bool = False) -> None:
+    def lose(self) -> None:
         """Tell every lock that stands on it that the session was cut; see `core.sessions.Hold`."""
         for footing in tuple(self.stands):
             lock = footing.lock() if footing.lock is not None else None
             if lock is not None:
-                lock._tell_lost(apart=apart)  # noqa: SLF001 - a HeldLock's, for us
+                lock._tell_lost()  # noqa: SLF001 - a HeldLock's, for us
 
 
 class Footing:

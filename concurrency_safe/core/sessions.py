@@ -58,8 +58,8 @@ class Hold(Protocol):
     #: The monotonic time of the grant; before it, of the acquisition's begin.
     since: float
 
-    def lose(self, *, apart: bool = False) -> None:
-        """Hear that the session was cut. `apart`: from the watcher, who must go on, whatever the log does."""
+    def lose(self) -> None:
+        """Hear that the session was cut."""
 
 
 class Borrower(Protocol):

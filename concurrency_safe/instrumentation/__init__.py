@@ -8,15 +8,18 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from contextvars import ContextVar
-from queue import SimpleQueue
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from functools import partial
+from queue import Empty, SimpleQueue
 
-from concurrency_safe import forks
+from concurrency_safe import forks, threads
 from concurrency_safe.core.events import Hook, LockEvent
 
 logger = logging.getLogger("concurrency_safe")
 
-#: Seconds that `emit_apart` waits for the log and the hooks.
+#: Seconds that `tell_apart` waits for the log and the hooks.
 PATIENCE = 0.5
 
 
@@ -69,49 +72,57 @@ def emit(event: LockEvent) -> None:
             logger.exception("the hook %r failed on %r", hook, event.kind)
 
 
-def emit_apart(event: LockEvent) -> None:
-    """Do the same for the watcher of sessions, which waits for `PATIENCE` seconds at most.
+def tell_apart(call: Callable[[], object]) -> None:
+    """Let another thread tell something, by `call()`, and wait for that; for `PATIENCE` seconds at most.
 
-    The log and the hooks can hang (a log may be a pipe that nobody reads any more), and the owners of other locks have
-    to hear of their loss nevertheless.
+    The log and the hooks can hang (a log may be a pipe that nobody reads any more), and whoever noticed a loss has to
+    go on nevertheless: the owners of the lock, and of others on the same session, hear of it from the same thread.
     """
     global _teller  # noqa: PLW0603 - one a process
-    try:
-        if _teller is None or _teller.pid != forks.pid:
-            _teller = _Teller()
-    except RuntimeError:  # there is room for no more threads, or the interpreter ends
-        emit(event)
-    else:
-        _teller.tell(event)
+    teller = _teller
+    if teller is None or teller.pid != forks.pid:
+        teller = _teller = _Teller()
+    teller.tell(call)
 
 
 class _Teller:
-    """A thread that tells one event after the other."""
+    """A thread that tells one thing after the other."""
 
     def __init__(self) -> None:
-        """Raise RuntimeError, when it can't be started."""
         self.pid = forks.pid
-        self._events: SimpleQueue[tuple[LockEvent, threading.Event]] = SimpleQueue()
-        self._is_busy = False
-        threading.Thread(target=self._run, name="concurrency_safe teller", daemon=True).start()
+        self._calls: SimpleQueue[tuple[Callable[[], object], threading.Event]] = SimpleQueue()
+        self._hangs = False
+        self._only = threading.Lock()
 
-    def tell(self, event: LockEvent) -> None:
-        """Queue `event`; wait until it was told, unless an earlier one hangs."""
+    def tell(self, call: Callable[[], object]) -> None:
+        """Queue `call`, with the context variables of now; wait until it was told, unless an earlier one hangs."""
         told = threading.Event()
-        hangs, self._is_busy = self._is_busy, True
-        self._events.put((event, told))
-        if not hangs:
-            told.wait(PATIENCE)
+        self._calls.put((partial(copy_context().run, call), told))
+        while not self._hangs:
+            try:
+                if not self._only.locked():
+                    threads.start(self._run, "concurrency_safe teller")
+            except RuntimeError:  # there is room for no more threads, or the interpreter ends
+                with suppress(Empty):
+                    self._next(block=False)
+                return
+            if told.wait(PATIENCE):
+                return
+            self._hangs = self._only.locked()  # else the thread died at birth (see `threads`)
 
     def _run(self) -> None:
-        while True:
-            event, told = self._events.get()
-            try:
-                emit(event)
-            except BaseException:  # noqa: BLE001 - a filter's or a handler's; as logging does with one
-                traceback.print_exc()
-            self._is_busy = False
-            told.set()
+        if self._only.acquire(blocking=False):
+            while True:
+                self._next(block=True)
+
+    def _next(self, *, block: bool) -> None:
+        call, told = self._calls.get(block)
+        try:
+            call()
+        except BaseException:  # noqa: BLE001 - a filter's or a handler's; as logging does with one
+            traceback.print_exc()
+        self._hangs = False
+        told.set()
 
 
 _teller: _Teller | None = None

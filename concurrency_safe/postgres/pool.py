@@ -197,8 +197,8 @@ class SessionPool:
         self._kept_for.pop(session, None)
         return False
 
-    def forget(self, session: LockSession, *, apart: bool = False) -> None:
-        """Close a session that is of no more use, and tell the owners of what it held. `apart`: the watcher does."""
+    def forget(self, session: LockSession) -> None:
+        """Close a session that is of no more use, and tell the owners of what it held."""
         with self.mutex:
             held, session.held = session.held, {}
             session.dead = True
@@ -208,7 +208,7 @@ class SessionPool:
             if session.user is None:
                 session.discard()
         for hold in held.values():
-            hold.lose(apart=apart)
+            hold.lose()
 
     def prune(self) -> None:
         """End the sessions that hold nothing, and are too many, or idle for too long.

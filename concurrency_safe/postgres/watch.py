@@ -7,16 +7,15 @@ nothing at all: holders' sessions are asked for a sign of life when they have ha
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import select
-import sys
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from concurrency_safe import threads
 from concurrency_safe.core.steps import Steps
 from concurrency_safe.gates import ThreadGate
 
@@ -59,26 +58,16 @@ class _Watcher:
             self.epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def start(self) -> None:
-        """Start the thread, and see it run.
-
-        Not by `threading`, whose `start` waits for ever for a thread that dies at birth: an asynchronous exception for
-        the starter goes to the thread that it starts, which bears its number for a moment (`_PyThreadState_Prealloc`).
-        """
+        """Start the thread, and see it run: it may die at birth (see `threads`)."""
         for _ in range(STARTS):
-            _thread.start_new_thread(self._begin, ())
+            threads.start(self.run, "concurrency_safe watcher")
             if self._up.wait(START_LIMIT) or self.is_running:
                 return
         logger.error("the watcher of lock sessions does not start; a lost lock is told at its release only")
 
-    def _begin(self) -> None:  # pragma: no cover - nobody traces here yet
-        """Let debuggers and coverage see this thread, as `threading` would, then run."""
-        sys.settrace(threading.gettrace())
-        self.run()
-
     def run(self) -> None:
         if not self._only.acquire(blocking=False):
             return
-        threading.current_thread().name = "concurrency_safe watcher"
         self.is_running = True
         self._up.open()
         while True:
@@ -118,7 +107,7 @@ class _Watcher:
             # use receives is for its user to read.
             lost = not session.dead and (session.is_dead() if session.user is None else has_hung_up(fd))
         if lost:
-            pool.forget(session, apart=True)
+            pool.forget(session)
 
     def answer(self, session: LockSession, pool: SessionPool) -> None:
         """Tell those who asked (`concurrency-safe locks`) what `session` holds, or has held just now."""
@@ -128,7 +117,7 @@ class _Watcher:
             lost = session.is_dead()  # which reads what came
             channels = [] if lost else session.asked()
         if lost:  # the end was just read: epoll has nothing left to tell
-            pool.forget(session, apart=True)
+            pool.forget(session)
         for channel in channels:
             self.use(session, pool, session.tell(channel))
 
@@ -150,7 +139,7 @@ class _Watcher:
             session.dead = True
             session.user = None
             self.session = None
-            pool.forget(session, apart=True)
+            pool.forget(session)
 
 
 _pause = threading.Event()  # never set

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ast
 import itertools
 import logging
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import psycopg
@@ -24,9 +26,11 @@ from concurrency_safe import (
     LockCapacityError,
     LockLost,
     configure,
+    instrumentation,
     lock,
     ownership,
 )
+from concurrency_safe.core.events import LockEvent
 from concurrency_safe.core.keys import lock_key, slot_numbers
 from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.memory import MemoryBackend
@@ -435,6 +439,135 @@ def test_a_log_that_hangs_keeps_nobody_from_hearing(store: LockStore, handlers: 
     for held in told:
         with pytest.raises(LockLost):
             held.release()
+
+
+def test_a_log_that_hangs_keeps_nobody_from_hearing_of_a_release_that_fails(
+    store: LockStore, handlers: AddHandler
+) -> None:
+    """The thread that releases may be the first to notice, and others' locks may have been on the same session."""
+    told: list[HeldLock] = []
+    goes_on, both = threading.Event(), threading.Barrier(2)
+    handlers(lambda _: goes_on.wait(30))
+    held = lock("one").acquire()
+
+    def other() -> None:
+        with lock("two") as mine:
+            mine.on_lost(told.append)
+            both.wait(30)
+            goes_on.wait(30)
+
+    with ThreadPoolExecutor() as threads:
+        others = threads.submit(other)
+        held.on_lost(told.append)
+        both.wait(30)
+        pool = held._footing.backend.pool
+        (session,) = pool.sessions
+        with pool.mutex:  # keeps the watcher waiting
+            cut(store)
+            wait_for(session.is_dead)
+            began = time.monotonic()
+            with pytest.raises(LockLost):
+                held.release()
+            assert time.monotonic() - began < 10
+        assert [one.keys for one in told] == [("two",), ("one",)]
+        goes_on.set()
+        with pytest.raises(LockLost):
+            others.result()
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("can't start new thread")])
+def test_a_loss_is_logged_also_without_a_thread_for_that(
+    failure: RuntimeError | None,
+    store: LockStore,
+    handlers: AddHandler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There may be no room for one, and one may die at birth (see `concurrency_safe.threads`)."""
+    start = _thread.start_new_thread
+    born: list[int] = []
+    logged: list[str] = []
+
+    def fail_once(run: Callable[[], None], args: tuple[()]) -> int:
+        born.append(1)
+        if len(born) > 1:
+            return start(run, args)
+        if failure is not None:
+            raise failure
+        return start(int, ())
+
+    handlers(lambda record: logged.append(record.getMessage()))
+    with lock("none"):
+        pass  # the watcher is there now
+    monkeypatch.setattr(_thread, "start_new_thread", fail_once)
+    monkeypatch.setattr(instrumentation, "_teller", None)
+    for key in ("one", "two"):
+        held = lock(key).acquire()
+        held.on_lost(lambda held: logged.append(f"{held.keys[0]} is told"))
+        cut(store)
+        wait_for(lambda key=key: f"{key} is told" in logged)  # type: ignore[misc]
+        with pytest.raises(LockLost):
+            held.release()
+    assert len(born) == 2
+    assert logged == [
+        "lock 'one' was lost while it was held",
+        "one is told",
+        "lock 'two' was lost while it was held",
+        "two is told",
+    ]
+
+
+def test_a_callback_that_fails_while_the_log_hangs_keeps_nobody_from_hearing(
+    store: LockStore, handlers: AddHandler
+) -> None:
+    told: list[HeldLock] = []
+    logged: list[str] = []
+    goes_on = threading.Event()
+
+    def hang(record: logging.LogRecord) -> None:
+        goes_on.wait(30)
+        logged.append(record.getMessage() + str(record.exc_info and record.exc_info[0]))
+
+    def fail(_: HeldLock) -> None:
+        raise ZeroDivisionError
+
+    handlers(hang)
+    held = lock("one").acquire()
+    held.on_lost(fail)
+    held.on_lost(told.append)
+    cut(store)
+    wait_for(lambda: told)
+    with pytest.raises(LockLost):
+        held.release()
+    goes_on.set()
+    wait_for(lambda: len(logged) == 2)
+    assert logged == [
+        "lock 'one' was lost while it was heldNone",
+        "a callback on the loss of lock 'one' failed<class 'ZeroDivisionError'>",
+    ]
+
+
+def test_who_hears_of_a_loss_at_the_release_is_in_the_context_of_the_release(store: LockStore) -> None:
+    """As who writes the id of a request beside each line."""
+    request: ContextVar[str] = ContextVar("request", default="none")
+    seen: list[str] = []
+
+    def hook(_: LockEvent) -> None:
+        seen.append(request.get())
+
+    held = lock("one").acquire()
+    pool = held._footing.backend.pool
+    (session,) = pool.sessions
+    instrumentation.add_hook(hook)
+    request.set("mine")
+    try:
+        with pool.mutex:  # keeps the watcher waiting
+            cut(store)
+            wait_for(session.is_dead)
+            with pytest.raises(LockLost):
+                held.release()
+    finally:
+        instrumentation.remove_hook(hook)
+    assert seen == ["mine", "mine"]  # released, lost
 
 
 def test_the_log_hears_of_a_loss_first(store: LockStore, handlers: AddHandler) -> None:
