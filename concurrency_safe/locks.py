@@ -37,9 +37,9 @@ from concurrency_safe.ownership import Claim, Footing, Owner, running
 from concurrency_safe.postgres.alias import other_in_transaction, require_postgresql, transaction_of
 from concurrency_safe.postgres.backend import refuse_long_queue
 from concurrency_safe.postgres.inspect import describe_work
-from concurrency_safe.postgres.loop import adrive, finish, running_loop
+from concurrency_safe.postgres.loop import adrive, atake_turns, finish, running_loop
 from concurrency_safe.postgres.transaction import TransactionLock
-from concurrency_safe.postgres.waiting import drive
+from concurrency_safe.postgres.waiting import drive, take_turns
 from concurrency_safe.spaces import (
     LockSpace,
     django_connection,
@@ -144,6 +144,7 @@ class Lock:
         return self._enter(keep=False)
 
     def _enter(self, *, keep: bool) -> HeldLock:
+        take_turns()
         held = self._begin(None)
         try:
             if held._settings.enabled:
@@ -177,6 +178,7 @@ class Lock:
         return await self._aenter(keep=False)
 
     async def _aenter(self, *, keep: bool) -> HeldLock:
+        await atake_turns()  # before there is anything to undo
         held = self._begin(asyncio.get_running_loop())
         try:
             if held._settings.enabled:
@@ -266,7 +268,11 @@ class HeldLock:
 
     @property
     def token(self) -> int | None:
-        """The fencing token: it rises with every acquisition of a key; None: FENCING is not enabled."""
+        """The fencing token: it rises with every acquisition of a key; None: FENCING is not enabled.
+
+        Also while the lock is held: where its own flow acquires one of its keys together with others, it has the newer
+        token, too.
+        """
         return self._footing.token
 
     @property
@@ -397,9 +403,32 @@ class HeldLock:
             else:
                 space = space_at_hand(connection, settings) or (yield from space_for(connection, settings))
                 yield from self._acquire_in_session(space, request)
+        if self._footing.token is not None:
+            yield from self._share_token(self._footing.token)
         self.waited = time.monotonic() - self._footing.since
         if instrumentation.hooks:
             self._emit("acquired", waited=self.waited)
+
+    def _share_token(self, token: int) -> Steps[None]:
+        """Give the newest token to all locks of this flow that it can meet in a row: those with a key in common.
+
+        They hold their keys since before, so nobody else's token is between the two; which each session but that of the
+        token proves by a statement.
+        """
+        backend = self._footing.backend
+        others, sharing = {one for one in _active_locks() if one._footing.backend is backend}, [self]
+        for one in sharing:
+            sharing += (found := [other for other in others if not set(other._keys).isdisjoint(one._keys)])
+            others.difference_update(found)
+        claims = {claim for one in sharing for claim in one._footing.claims}
+        proved = {claim.session for claim in claims if claim.token == token}
+        older = [claim for claim in claims if claim.session not in proved]
+        if older and not (yield from backend.prove(self._footing, older)):
+            raise self._loss()
+        for one in sharing:
+            one._footing.token = token
+        for claim in claims:
+            claim.token = token
 
     def _acquire_in_session(self, space: LockSpace, request: Request) -> Steps[None]:
         footing = self._footing
@@ -413,8 +442,11 @@ class HeldLock:
             if blocker is not None:
                 raise self._conflict(request, _describe(blocker))
         fresh = [claim for claim in footing.claims if not claim.held]
+        if len(fresh) < len(footing.claims) and self._settings.on_lost == "raise" and self._is_cut():
+            raise self._loss()
         if not fresh:  # the owner holds all of it already
-            footing.token = footing.claims[0].token
+            tokens = [claim.token for claim in footing.claims if claim.token is not None]
+            footing.token = max(tokens, default=None)
             return
         if len(fresh) < len(request.keys):
             request = request._replace(keys=tuple(claim.key for claim in fresh))
@@ -444,6 +476,7 @@ class HeldLock:
                 "take the lock outside atomic(), or say scope='detached'"
             )
         space = space_at_hand(connection, self._settings) or (yield from space_for(connection, self._settings))
+        self._footing.backend = space.backend
         owner = _current_owner()
         outer = tuple(key for key in request.keys if self._is_held_around(space, key, owner))
         if outer:
@@ -524,6 +557,7 @@ class HeldLock:
             await self._aabandon()
             raise
         self._report(error, released=released)
+        await atake_turns()
 
     def _report(self, error: BaseException | None, *, released: bool) -> None:
         if instrumentation.hooks:

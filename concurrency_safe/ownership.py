@@ -131,7 +131,7 @@ class Footing:
         #: Whose acquisition it is; None: not begun, or over.
         self.owner: Owner | None = None
         self.ownership: Ownership | None = None
-        #: The lock store in which the claims are held.
+        #: The lock store in which the claims are held; for a transaction's lock, the one of its database.
         self.backend: Any = None
         #: Every claim that this acquisition stands on; those that are not held yet are its own.
         self.claims: list[Claim] = []

@@ -112,6 +112,13 @@ class Backend(Protocol):
         """End what an interrupted acquisition or release left: afterwards nothing of `holds` is held."""
         ...
 
+    def prove(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
+        """Make sure, by asking the store, that all of `holds` are held at this moment; False: one isn't.
+
+        After anything but a return the caller lets `undo` run.
+        """
+        ...
+
     def is_lost(self, hold: Hold) -> bool:
         """Say, without a query, whether the session of `hold` was cut."""
         ...

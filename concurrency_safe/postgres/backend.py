@@ -319,6 +319,25 @@ class PostgresBackend:
             return None
         return ", ".join(map(str, holders_of(rows))) or None
 
+    def prove(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
+        """Make sure that all of `holds` are held at this moment, since their sessions answer; False: one was cut.
+
+        Raises: LockUnavailable: no turn came.
+        """
+        for session, mine in _by_session(holds).items():
+            try:
+                yield from self.pool.take(borrower, session)
+                yield from session.beat()
+                yield from self.pool.free(borrower)
+            except (ServerGoneError, ServerRefusedError) as error:
+                if borrower.session is None and not session.dead:  # its turn did not come
+                    raise LockUnavailable(
+                        f"lock {mine[0].key.text!r} can't be proved to be held: {error}", mine[0].key.text
+                    ) from error
+                yield from self._end(borrower)
+                return False
+        return True
+
     def is_lost(self, hold: Hold) -> bool:
         """Say, without a query, whether the session of `hold` was cut."""
         session: LockSession = hold.session

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from concurrency_safe.core.steps import READ, WRITE, CallWait, GateWait, Steps, Wait
+
+from .waiting import TURN
 
 if TYPE_CHECKING:
     from typing import Any
@@ -26,6 +29,34 @@ A_LONG_TIME = 3600.0
 
 #: Clean-ups under way; kept, since an event loop has weak references to its tasks only.
 _finishing: set[asyncio.Future[Any]] = set()
+
+
+class _Turn(threading.local):
+    """The turn of this thread's event loop that is under way."""
+
+    #: When a task began to take locks in it; None: no one has yet.
+    since: float | None = None
+
+
+_turn = _Turn()
+
+
+def _end_turn() -> None:
+    _turn.since = None
+
+
+async def atake_turns() -> None:
+    """Let other tasks run, if one has taken or released locks for `TURN` seconds and none had to wait.
+
+    Each answer may be there at once, and then nothing in `adrive` gives way to others: beside a busy thread, or with
+    bodies that block, the loop would stand still for seconds.
+    """
+    if _turn.since is None:
+        _turn.since = time.monotonic()
+        asyncio.get_running_loop().call_soon(_end_turn)
+    elif time.monotonic() - _turn.since > TURN:
+        await asyncio.sleep(0)
+        _end_turn()  # also where `since` was that of an earlier loop, which has ended
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -38,10 +38,6 @@ GRACE = 1.0
 SPIN = 50e-6
 BRISK = 150e-6
 
-#: Seconds spent on answers that needed no wait, after which one is waited for all the same: an event loop, or gevent's
-#: hub, must have a turn.
-TURN = 0.01
-
 #: Lets others run: on one processor it is the server's turn then. macOS and Windows have no such call.
 _give_way: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # noqa: TID251 - 0 is no sleep
 
@@ -120,22 +116,18 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
 class Pace:
     """Whether the answers of a server come at once: then the next one is looked for before the wait for it begins."""
 
-    __slots__ = ("is_brisk", "spent")
+    __slots__ = ("is_brisk",)
 
     def __init__(self) -> None:
         """Expect so of a server that is not known yet."""
         self.is_brisk = True
-        #: Seconds spent on answers since the last one that was waited for.
-        self.spent = 0.0
 
     def learn(self, took: float, *, waited: bool) -> None:
         """Learn from an answer that took so many seconds.
 
         One that was there at a look came at once, however late the look: other threads have run, not the server.
         """
-        if self.spent < TURN:  # else the wait was others' turn
-            self.is_brisk = not waited or took < BRISK
-        self.spent = 0.0 if waited else self.spent + took
+        self.is_brisk = not waited or took < BRISK
 
 
 class Wire:
@@ -199,7 +191,7 @@ def answer(pgconn: PGconn, until: float, pace: Pace | None = None, sent: float =
     if pgconn.flush():
         yield from _send(pgconn, until)
     last = None
-    looks = pace is not None and pace.spent < TURN
+    looks = pace is not None
     spin_until = sent + SPIN if pace is not None and pace.is_brisk else 0.0
     while True:
         if not looks and not (yield SocketWait(pgconn.socket, READ, until)):

@@ -8,9 +8,9 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -37,6 +37,7 @@ from concurrency_safe import (
 from concurrency_safe.core.steps import GateWait, Steps
 from concurrency_safe.gates import gate_for
 from concurrency_safe.postgres.loop import finish
+from concurrency_safe.postgres.waiting import TURN
 from concurrency_safe.spaces import close_idle_sessions
 from tests.integration.conftest import LockStore, Rival, wait_for
 from tests.integration.test_interrupts import unmeasured
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("store")
 
 TASKS = 300
 KEYS = 20
+ROUNDS = 60
 CANCELLATIONS = 500
 
 
@@ -68,30 +70,69 @@ async def gaps() -> AsyncIterator[list[float]]:
         looking.cancel()
 
 
-def test_a_task_that_takes_locks_without_rest_leaves_turns_to_others_beside_a_busy_thread() -> None:
-    """That thread runs whenever a statement is sent, so every answer is there by the first look."""
+async def _blocks() -> AsyncGenerator[None]:
+    while True:
+        async with lock("one"):
+            yield
+
+
+async def _acquired() -> AsyncGenerator[None]:
+    kept: list[HeldLock] = []
+    try:
+        while True:
+            kept.append(await lock(f"key {len(kept)}").aacquire())
+            yield
+    finally:
+        for held in kept:
+            await held.arelease()
+
+
+async def _released() -> AsyncGenerator[None]:
+    for held in [await lock(f"key {number}").aacquire() for number in range(ROUNDS)]:
+        await held.arelease()
+        yield
+
+
+@pytest.mark.parametrize("locks", [_blocks, _acquired, _released])
+def test_a_task_that_takes_locks_without_rest_leaves_turns_to_others(
+    locks: Callable[[], AsyncGenerator[None]],
+) -> None:
+    """The busy thread runs whenever a statement is sent, so every answer is there by the first look."""
     is_over = False
+    in_this_turn = 0
+    most = 0
 
     def be_busy() -> None:
         while not is_over:
             sum(range(2000))
 
-    async def main() -> int:
-        async with lock("warm"):
-            pass
-        async with gaps() as seen:
-            for _ in range(200):
-                async with lock("one"):
-                    pass
-        return len(seen)
+    async def look() -> None:
+        nonlocal in_this_turn
+        while True:
+            in_this_turn = 0
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        nonlocal in_this_turn, most
+        async with aclosing(locks()) as taken:
+            await anext(taken)
+            looking = asyncio.create_task(look())
+            for _ in range(ROUNDS - 1):
+                until = time.monotonic() + TURN / 2
+                wait_for(lambda until=until: time.monotonic() > until)  # type: ignore[misc]  # the body's work
+                await anext(taken)
+                in_this_turn += 1
+                most = max(most, in_this_turn)
+            looking.cancel()
 
     busy = threading.Thread(target=be_busy)
     busy.start()
     try:
-        assert asyncio.run(main()) > 200
+        asyncio.run(main())
     finally:
         is_over = True
         busy.join()
+    assert most <= 3
 
 
 def test_no_two_tasks_hold_a_key(store: LockStore) -> None:

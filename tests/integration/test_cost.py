@@ -35,6 +35,21 @@ for _ in range(10):
         pass
 """
 
+FENCED = """
+import sys
+import psycopg
+from concurrency_safe import configure, lock
+from concurrency_safe.postgres.sql import CREATE_FENCE
+with psycopg.connect(sys.argv[1], autocommit=True) as connection:
+    connection.execute(CREATE_FENCE)
+configure(dsn=sys.argv[1], fencing=True)
+with lock("warm"), lock("warm", "too"):
+    pass
+for _ in range(10):
+    with lock("one"), lock("one"), lock("one", "two"), lock("two"):
+        pass
+"""
+
 TRANSACTION = """
 import django
 from django.db import connection, transaction
@@ -70,6 +85,13 @@ def test_a_warm_session_lock_is_two_statements() -> None:
         * ROUNDS
     )
     assert len([text for text in sent if "advisory" in text]) == 2 * ROUNDS + 2
+
+
+def test_a_token_costs_no_statement() -> None:
+    sent = statements_of(FENCED)
+    texts = [re.sub(r"\(.*", "", text) for text in sent[-4 * ROUNDS :]]
+
+    assert texts == [*["SELECT got, CASE WHEN got THEN nextval"] * 2, *["SELECT pg_advisory_unlock"] * 2] * ROUNDS
 
 
 def test_a_transaction_lock_is_one_statement() -> None:
@@ -112,24 +134,6 @@ def test_other_threads_that_run_meanwhile_say_nothing_against_the_pace(
             with pytest.raises(StopIteration):
                 next(answer(session.pgconn, sent + LIMIT, session.wire.pace, sent))
         assert session.wire.pace.is_brisk
-
-
-def test_after_a_while_an_answer_that_is_there_is_waited_for(dsn: str) -> None:
-    """Else a task that takes locks without rest keeps its event loop from all others; that is no change of the pace."""
-    with lock("one") as held:
-        session = session_of(held)
-        session.wire.pace.is_brisk = True
-        session.wire.pace.spent = protocol.TURN
-        sent = time.monotonic()
-        session.pgconn.send_query(b"SELECT 1")
-        assert select.select([session.pgconn.socket], [], [], LIMIT)[0]
-        late = time.monotonic() + protocol.BRISK
-        wait_for(lambda: time.monotonic() > late)
-        steps = answer(session.pgconn, sent + LIMIT, session.wire.pace, sent)
-        assert next(steps)
-        drive(going_on(steps))
-        assert session.wire.pace.is_brisk
-        assert session.wire.pace.spent == 0.0
 
 
 def test_a_first_statement_and_its_preparation_have_one_deadline(dsn: str) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import permutations
 from typing import ClassVar
 
 import pytest
-from django.db import connection, models
+from django.db import connection, models, transaction
 
-from concurrency_safe import ConfigurationError, LockLost, configure, lock
+from concurrency_safe import ConfigurationError, HeldLock, LockLost, LockUnavailable, configure, lock
 from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.fencing import fenced, fenced_update
+from concurrency_safe.memory import MemoryBackend
+from concurrency_safe.ownership import Footing
+from concurrency_safe.postgres import pool as pools
+from concurrency_safe.postgres import session as sessions
 from concurrency_safe.postgres.backend import PostgresBackend
+from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.sql import CREATE_FENCE
 from concurrency_safe.testing import PostgresServer
-from tests.integration.conftest import LockStore
+from tests.integration.conftest import LockStore, wait_for
+from tests.integration.test_shared_sessions import silent
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -79,6 +87,101 @@ def test_a_lock_without_a_token_fences_nothing(account: Account) -> None:
     configure(fencing=False)
     with lock("account") as held, pytest.raises(ConfigurationError, match="FENCING"):
         fenced_update(Account.objects.all(), held, balance=7)
+
+
+@pytest.mark.parametrize("scope", ["session", "transaction"])
+def test_who_enters_a_key_again_has_its_newest_token(account: Account, scope: str) -> None:
+    """The outer block may write after the inner one, and the token that was used for a key never goes back."""
+    rows = Account.objects.filter(pk=account.pk)
+
+    def write(*used: HeldLock) -> None:
+        for held in used:
+            assert fenced_update(rows, held, balance=models.F("balance") + 1) == 1
+
+    with transaction.atomic() if scope == "transaction" else nullcontext():
+        for keys in permutations(["x", "y", "z"]):
+            x, y, z = keys
+            with lock(x) as one, lock(y) as other:
+                with lock(x, z) as two:
+                    write(one, two, one)
+                    with lock(z) as three, lock(x, z) as four:
+                        write(two, three, four, one, two)
+                write(one)
+                with lock(x, y) as five:
+                    write(other, five, one, five, other)
+                    with lock(y) as six:
+                        write(six, one)
+
+
+def test_so_has_who_enters_it_again_inside_a_transaction(account: Account) -> None:
+    rows = Account.objects.filter(pk=account.pk)
+    with lock("x") as outside, transaction.atomic(), lock("x", "y") as both, lock("y") as inside:
+        for held in (inside, both, outside, inside):
+            assert fenced_update(rows, held, balance=models.F("balance") + 1) == 1
+
+
+@pytest.mark.parametrize("around", [nullcontext, transaction.atomic])
+def test_a_newer_token_is_given_to_nobody_who_may_have_lost_the_lock(
+    account: Account, around: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a paused holder, who enters the lock again with one more key, could write after all."""
+    monkeypatch.setattr(LockSession, "capacity", 1)
+    monkeypatch.setattr(sessions, "HEARTBEAT_TIMEOUT", 0.1)
+    one = lock("one").acquire()
+    was = one.token
+    with around():
+        with lock("one", "other") as both:
+            assert one.token == both.token
+            assert both.token != was
+        (session,) = {claim.session for claim in one._footing.claims}
+        with silent(session), pytest.raises(LockLost, match="'one, other' was lost"), lock("one", "other"):
+            pytest.fail("its session did not answer")
+        assert one.token == both.token
+        assert one.is_lost
+        with pytest.raises(LockLost, match="'one' was lost"), lock("one"):
+            pytest.fail("it is lost")
+    with pytest.raises(LockLost):
+        one.release()
+
+
+def test_a_proof_needs_a_turn(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LockSession, "capacity", 1)
+    monkeypatch.setattr(pools, "STALL", 0.1)
+    with lock("one") as one:
+        (session,) = {claim.session for claim in one._footing.claims}
+        session.user = Footing(None)
+        with pytest.raises(LockUnavailable, match="'one' can't be proved to be held"), lock("one", "other"):
+            pytest.fail("nobody knows")
+        session.user = None
+        with lock("one", "other"):
+            pass
+
+
+def test_who_only_logs_a_loss_enters_again(store: LockStore) -> None:
+    configure(on_lost="log")
+    with lock("one") as one:
+        store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+        wait_for(lambda: one.is_lost)
+        with lock("one") as again:
+            assert again.is_lost
+
+
+def test_tokens_of_other_stores_are_none_of_ours(account: Account) -> None:
+    with lock("one") as one:
+        was = one.token
+        with lock("one", backend=MemoryBackend()) as other:
+            assert other.token == 1
+            assert one.token == was
+
+
+def test_a_token_stays_as_it_is_while_other_keys_are_taken(account: Account) -> None:
+    with lock("one") as one:
+        was = one.token
+        with lock("other") as other:
+            assert one.token == was
+            assert was is not None
+            assert other.token is not None
+            assert was < other.token
 
 
 def test_tokens_rise_across_a_promotion() -> None:
