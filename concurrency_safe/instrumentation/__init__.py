@@ -98,17 +98,14 @@ class _Teller:
         """Queue `call`, with the context variables of now; wait until it was told, unless an earlier one hangs."""
         told = threading.Event()
         self._calls.put((partial(copy_context().run, call), told))
-        while not self._hangs:
-            try:
-                if not self._only.locked():
-                    threads.start(self._run, "concurrency_safe teller")
-            except RuntimeError:  # there is room for no more threads, or the interpreter ends
-                with suppress(Empty):
-                    self._next(block=False)
-                return
-            if told.wait(PATIENCE):
-                return
-            self._hangs = self._only.locked()  # else the thread died at birth (see `threads`)
+        try:
+            if not self._only.locked():
+                threads.start(self._run, "concurrency_safe teller")
+        except RuntimeError:
+            with suppress(Empty):
+                self._next(block=False)
+        if not self._hangs and not told.wait(PATIENCE):
+            self._hangs = True
 
     def _run(self) -> None:
         if self._only.acquire(blocking=False):

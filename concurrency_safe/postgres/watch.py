@@ -31,9 +31,6 @@ logger = logging.getLogger("concurrency_safe")
 #: Seconds between two looks: for signs of life with epoll, at the sockets themselves without it.
 LOOK_WITH_EPOLL, LOOK = 1.0, 0.05
 
-#: Seconds in which the watcher's thread must be there, and how often it is started.
-START_LIMIT, STARTS = 1.0, 3
-
 
 class _Watcher:
     """Uses sessions as a borrower does, when nobody else does."""
@@ -48,7 +45,6 @@ class _Watcher:
         self.sessions: dict[int, tuple[weakref.ref[LockSession], SessionPool]] = {}
         self.epoll = select.epoll() if hasattr(select, "epoll") else None
         self.is_running = False
-        self._up = ThreadGate()
         self._only = threading.Lock()
 
     def add(self, session: LockSession, pool: SessionPool) -> None:
@@ -58,18 +54,16 @@ class _Watcher:
             self.epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def start(self) -> None:
-        """Start the thread, and see it run: it may die at birth (see `threads`)."""
-        for _ in range(STARTS):
+        """Start the thread; without it there is less to hear, and no lock less."""
+        try:
             threads.start(self.run, "concurrency_safe watcher")
-            if self._up.wait(START_LIMIT) or self.is_running:
-                return
-        logger.error("the watcher of lock sessions does not start; a lost lock is told at its release only")
+        except RuntimeError:
+            logger.exception("the watcher of lock sessions does not start; a lost lock is told at its release only")
 
     def run(self) -> None:
         if not self._only.acquire(blocking=False):
             return
         self.is_running = True
-        self._up.open()
         while True:
             try:
                 self.look()

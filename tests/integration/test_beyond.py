@@ -29,6 +29,7 @@ from concurrency_safe import (
     instrumentation,
     lock,
     ownership,
+    threads,
 )
 from concurrency_safe.core.events import LockEvent
 from concurrency_safe.core.keys import lock_key, slot_numbers
@@ -456,8 +457,8 @@ def test_a_log_that_hangs_keeps_nobody_from_hearing_of_a_release_that_fails(
             both.wait(30)
             goes_on.wait(30)
 
-    with ThreadPoolExecutor() as threads:
-        others = threads.submit(other)
+    with ThreadPoolExecutor() as crew:
+        others = crew.submit(other)
         held.on_lost(told.append)
         both.wait(30)
         pool = held._footing.backend.pool
@@ -499,6 +500,7 @@ def test_a_loss_is_logged_also_without_a_thread_for_that(
     with lock("none"):
         pass  # the watcher is there now
     monkeypatch.setattr(_thread, "start_new_thread", fail_once)
+    monkeypatch.setattr(threads, "START_LIMIT", 0.2)
     monkeypatch.setattr(instrumentation, "_teller", None)
     for key in ("one", "two"):
         held = lock(key).acquire()
