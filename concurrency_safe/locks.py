@@ -412,23 +412,42 @@ class HeldLock:
     def _share_token(self, token: int) -> Steps[None]:
         """Give the newest token to all locks of this flow that it can meet in a row: those with a key in common.
 
-        They hold their keys since before, so nobody else's token is between the two; which each session but that of the
-        token proves by a statement.
+        They hold their keys since before, so nobody else's token is between the two. A claim proves that by a
+        statement, unless its session is that of the token. A lock in transaction scope shares the tokens of its own
+        transaction alone.
         """
-        backend = self._footing.backend
-        others, sharing = {one for one in _active_locks() if one._footing.backend is backend}, [self]
-        for one in sharing:
-            sharing += (found := [other for other in others if not set(other._keys).isdisjoint(one._keys)])
-            others.difference_update(found)
-        claims = {claim for one in sharing for claim in one._footing.claims}
-        proved = {claim.session for claim in claims if claim.token == token}
-        older = [claim for claim in claims if claim.session not in proved]
-        if older and not (yield from backend.prove(self._footing, older)):
-            raise self._loss()
-        for one in sharing:
-            one._footing.token = token
+        footings = [one._footing for one in self._sharing_transaction()]
+        claims: set[Claim] = set()
+        for footing in footings:
+            for claim in footing.claims:
+                claims.add(claim)
+                footings += [other for other in claim.stands if other not in footings]
+        sessions = {claim.session for claim in claims if claim.token == token and claim.session is not None}
+        older = [claim for claim in claims if claim.token != token and claim.session not in sessions]
+        if older and not (yield from self._footing.backend.prove(self._footing, older)):
+            if self._settings.on_lost == "raise":
+                raise self._loss()
+            self._footing.token = min(claim.token for claim in older if claim.token is not None)
+            return
+        for footing in footings:
+            footing.token = token
         for claim in claims:
             claim.token = token
+
+    def _sharing_transaction(self) -> list[HeldLock]:
+        """Give this lock, and those held by the same transaction that have a key in common with it, or so in a row."""
+        sharing, others = [self], set[HeldLock]()
+        if self._transaction is not None:
+            others = {
+                held
+                for held in _stacked_locks()
+                if held._active and held._transaction is not None and held._transaction.lives_with(self._transaction)
+            }
+        for one in sharing:
+            found = [other for other in others if not set(other._keys).isdisjoint(one._keys)]
+            sharing += found
+            others.difference_update(found)
+        return sharing
 
     def _acquire_in_session(self, space: LockSpace, request: Request) -> Steps[None]:
         footing = self._footing
@@ -442,19 +461,33 @@ class HeldLock:
             if blocker is not None:
                 raise self._conflict(request, _describe(blocker))
         fresh = [claim for claim in footing.claims if not claim.held]
-        if len(fresh) < len(footing.claims) and self._settings.on_lost == "raise" and self._is_cut():
-            raise self._loss()
-        if not fresh:  # the owner holds all of it already
-            tokens = [claim.token for claim in footing.claims if claim.token is not None]
-            footing.token = max(tokens, default=None)
-            return
-        if len(fresh) < len(request.keys):
-            request = request._replace(keys=tuple(claim.key for claim in fresh))
+        if len(fresh) < len(footing.claims):
+            yield from self._enter_again(space, request, fresh)
+        else:
+            yield from self._ask(space, request, fresh)
+
+    def _enter_again(self, space: LockSpace, request: Request, fresh: list[Claim]) -> Steps[None]:
+        """Enter what the owner holds already, and acquire the `fresh` ones."""
+        footing = self._footing
+        self._refuse_lost()
+        if fresh:
+            yield from self._ask(space, request._replace(keys=tuple(claim.key for claim in fresh)), fresh)
+            self._refuse_lost()  # that may have noticed it
+        else:
+            footing.token = max((claim.token for claim in footing.claims if claim.token is not None), default=None)
+
+    def _ask(self, space: LockSpace, request: Request, fresh: list[Claim]) -> Steps[None]:
+        footing = self._footing
         grant = yield from space.backend.acquire(footing, request, fresh)
         if grant is None:
             raise self._conflict(request, (yield from space.backend.conflict(footing, request)))
         footing.token = grant.token
-        claims.confirm(footing)
+        space.claims.confirm(footing)
+
+    def _refuse_lost(self) -> None:
+        """Refuse to enter again what was lost: the body would run unguarded. Raises: LockLost."""
+        if self._settings.on_lost == "raise" and self._is_cut():
+            raise self._loss()
 
     def _refuse_long_queue(self, space: LockSpace, request: Request, owner: Owner) -> None:
         """Refuse by the queue inside this process; the backend looks at the one in the store."""
@@ -615,13 +648,16 @@ class HeldLock:
         if self._lost:
             return
         self._lost = True
-        instrumentation.tell_apart(partial(instrumentation.emit, LockEvent("lost", self.keys)))
-        self._call_at_home()
+        try:
+            instrumentation.tell_apart(partial(instrumentation.emit, LockEvent("lost", self.keys)))
+        finally:  # an exception for this thread may have come
+            self._call_at_home()
 
     def _call_at_home(self) -> None:
         home = self._footing.home
         if home is not None and home.is_running() and home is not running_loop():
-            home.call_soon_threadsafe(self._call_back)
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                home.call_soon_threadsafe(self._call_back)
         else:
             self._call_back()
 
@@ -713,14 +749,19 @@ def _without(net: _Net, stack: _Stack) -> _Stack:
     return stack
 
 
-def _active_locks() -> Iterator[HeldLock]:
-    """Give the locks that the running thread or task holds, the innermost first."""
+def _stacked_locks() -> Iterator[HeldLock]:
+    """Give the locks that the running thread or task has entered, the innermost first."""
     stack = _stack.get()
     while stack is not None:
         reference, stack = stack
         held = reference()
-        if held is not None and held.is_active:
+        if held is not None:
             yield held
+
+
+def _active_locks() -> Iterator[HeldLock]:
+    """Give those that it holds."""
+    return (held for held in _stacked_locks() if held.is_active)
 
 
 def current_lock() -> HeldLock | None:

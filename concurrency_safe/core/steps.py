@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
+#: Seconds that one after the other may use of a thread that many share by turns (an event loop's tasks, greenlets).
+TURN = 0.01
+
 #: What a socket should become, as bits.
 READ = 1
 WRITE = 2

@@ -322,11 +322,15 @@ class PostgresBackend:
     def prove(self, borrower: Borrower, holds: Sequence[Hold]) -> Steps[bool]:
         """Make sure that all of `holds` are held at this moment, since their sessions answer; False: one was cut.
 
-        Raises: LockUnavailable: no turn came.
+        Raises: LockUnavailable: no turn came; at once, where a task uses the session and a thread asks, which may be
+            that of its event loop.
         """
         for session, mine in _by_session(holds).items():
             try:
-                yield from self.pool.take(borrower, session)
+                if not self.pool.take_at_once(borrower, session):
+                    if session.home is not borrower.home:
+                        raise ServerGoneError("its session is in use")
+                    yield from self.pool.take(borrower, session)
                 yield from session.beat()
                 yield from self.pool.free(borrower)
             except (ServerGoneError, ServerRefusedError) as error:

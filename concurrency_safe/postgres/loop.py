@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from concurrency_safe.core.steps import READ, WRITE, CallWait, GateWait, Steps, Wait
-
-from .waiting import TURN
+from concurrency_safe.core.steps import READ, TURN, WRITE, CallWait, GateWait, Steps, Wait
 
 if TYPE_CHECKING:
     from typing import Any
@@ -51,12 +49,14 @@ async def atake_turns() -> None:
     Each answer may be there at once, and then nothing in `adrive` gives way to others: beside a busy thread, or with
     bodies that block, the loop would stand still for seconds.
     """
-    if _turn.since is None:
+    since = _turn.since
+    if since is None:
         _turn.since = time.monotonic()
         asyncio.get_running_loop().call_soon(_end_turn)
-    elif time.monotonic() - _turn.since > TURN:
+    elif time.monotonic() - since > TURN:
         await asyncio.sleep(0)
-        _end_turn()  # also where `since` was that of an earlier loop, which has ended
+        if _turn.since == since:  # that of an earlier loop, which ended before its turn did
+            _end_turn()
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

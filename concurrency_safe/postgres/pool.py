@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from concurrency_safe import forks
+from concurrency_safe import forks, threads
 from concurrency_safe.core.steps import GateWait, Steps
 from concurrency_safe.gates import is_owned
 
@@ -19,7 +20,7 @@ from .protocol import STALL, ServerGoneError
 from .session import LockSession
 
 if TYPE_CHECKING:
-    from concurrency_safe.core.sessions import Borrower
+    from concurrency_safe.core.sessions import Borrower, Hold
 
 #: Seconds after which somebody who waits for a turn looks for itself (see `ownership.LOOK_AGAIN`).
 LOOK_AGAIN = 0.05
@@ -207,8 +208,7 @@ class SessionPool:
                 self.sessions.remove(session)
             if session.user is None:
                 session.discard()
-        for hold in held.values():
-            hold.lose()
+        _lose(iter(held.values()))
 
     def prune(self) -> None:
         """End the sessions that hold nothing, and are too many, or idle for too long.
@@ -257,6 +257,16 @@ class SessionPool:
             return True
         soon = any(one.home is borrower.home and one.work == borrower.work for one in self._opening)
         return not soon and not any(not one.blocked and _serves(one, borrower, numbers, name) for one in self.sessions)
+
+
+def _lose(holds: Iterator[Hold]) -> None:
+    """Tell the owners; another thread goes on where this one is interrupted, or a callback ends it."""
+    try:
+        for hold in holds:
+            hold.lose()
+    except BaseException:
+        threads.start(partial(_lose, holds), "concurrency_safe loss")
+        raise
 
 
 def _serves(session: LockSession, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:

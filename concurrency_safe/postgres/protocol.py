@@ -20,7 +20,7 @@ from typing import NoReturn
 from psycopg import OperationalError, pq
 from psycopg.pq.abc import PGconn, PGresult
 
-from concurrency_safe.core.steps import READ, WRITE, CallWait, Gate, GateWait, SocketWait, Steps
+from concurrency_safe.core.steps import READ, TURN, WRITE, CallWait, Gate, GateWait, SocketWait, Steps
 
 from . import sql
 from .sql import Statement
@@ -116,18 +116,22 @@ def connect(conninfo: bytes, until: float) -> Steps[PGconn]:
 class Pace:
     """Whether the answers of a server come at once: then the next one is looked for before the wait for it begins."""
 
-    __slots__ = ("is_brisk",)
+    __slots__ = ("is_brisk", "spent")
 
     def __init__(self) -> None:
         """Expect so of a server that is not known yet."""
         self.is_brisk = True
+        #: Seconds spent on answers since the last one that was waited for: after `TURN` of them one is, all the same.
+        self.spent = 0.0
 
     def learn(self, took: float, *, waited: bool) -> None:
         """Learn from an answer that took so many seconds.
 
         One that was there at a look came at once, however late the look: other threads have run, not the server.
         """
-        self.is_brisk = not waited or took < BRISK
+        if self.spent < TURN:  # else the wait was others' turn
+            self.is_brisk = not waited or took < BRISK
+        self.spent = 0.0 if waited else self.spent + took
 
 
 class Wire:
@@ -191,7 +195,7 @@ def answer(pgconn: PGconn, until: float, pace: Pace | None = None, sent: float =
     if pgconn.flush():
         yield from _send(pgconn, until)
     last = None
-    looks = pace is not None
+    looks = pace is not None and pace.spent < TURN
     spin_until = sent + SPIN if pace is not None and pace.is_brisk else 0.0
     while True:
         if not looks and not (yield SocketWait(pgconn.socket, READ, until)):

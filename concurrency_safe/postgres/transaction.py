@@ -78,6 +78,10 @@ class TransactionLock:
             self._transaction is not other._transaction or self._hooks is not other._hooks
         )
 
+    def lives_with(self, other: TransactionLock) -> bool:
+        """Say whether this one is held for certain while `other` is, which was taken later; no query."""
+        return self._connection is other._connection and not self.ended_before(other) and not self.is_cut()
+
     def run(self, statement: str) -> None:
         """Run a statement in the transaction, so that it counts with the commit, and not without it.
 

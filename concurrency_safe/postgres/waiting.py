@@ -10,17 +10,12 @@ from __future__ import annotations
 import math
 import select
 import time
-from types import BuiltinFunctionType
 from typing import TypeVar
 
-from concurrency_safe.core.steps import READ, WRITE, CallWait, GateWait, Steps, Wait
+from concurrency_safe.core.steps import READ, TURN, WRITE, CallWait, GateWait, Steps, Wait
 
 #: Seconds that one blocking call may last. An interrupt is seen within 250 ms, also on a busy machine.
 SLICE = 0.1
-
-#: Seconds after which whoever takes locks without a wait lets others run all the same, where they run by turns: the
-#: tasks of an event loop (see `loop`), and greenlets.
-TURN = 0.01
 
 #: When greenlets had their turn last.
 _turned_at = 0.0
@@ -29,16 +24,17 @@ _T = TypeVar("_T")
 
 
 def take_turns() -> None:
-    """Let other greenlets run, if it is time; threads take turns by themselves."""
+    """Let other greenlets run, if none was let for `TURN` seconds; threads take turns by themselves."""
     global _turned_at  # noqa: PLW0603 - of the one thread that greenlets share
     sleep = time.sleep  # noqa: TID251 - for an instant
-    if isinstance(sleep, BuiltinFunctionType):  # gevent and eventlet replace it
+    if not sleep.__module__.startswith(("gevent", "eventlet")):
         return
     now = time.monotonic()
     if now - _turned_at > TURN:
-        _turned_at = now  # one is enough for all who ask meanwhile
+        _turned_at = now
         sleep(1e-9)  # for 0, gevent doesn't look at its timers each time
-        _turned_at = time.monotonic()
+        if _turned_at == now:  # nobody else has let the hub turn meanwhile
+            _turned_at = time.monotonic()
 
 
 def drive(steps: Steps[_T]) -> _T:

@@ -7,6 +7,7 @@ import ast
 import itertools
 import logging
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -474,6 +475,62 @@ def test_a_log_that_hangs_keeps_nobody_from_hearing_of_a_release_that_fails(
         goes_on.set()
         with pytest.raises(LockLost):
             others.result()
+
+
+class Interrupt(Exception):
+    """Stands for a time limit."""
+
+
+def test_an_interrupt_while_a_loss_is_told_keeps_nobody_from_hearing(store: LockStore, handlers: AddHandler) -> None:
+    told: list[HeldLock] = []
+    goes_on = threading.Event()
+    me = threading.get_ident()
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    def hang(record: logging.LogRecord) -> None:
+        if "'one'" in record.getMessage():
+            signal.pthread_kill(me, signal.SIGUSR1)
+        goes_on.wait(30)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        handlers(hang)
+        both = [lock(key).acquire() for key in ("one", "two")]
+        for held in both:
+            held.on_lost(told.append)
+        pool = both[0]._footing.backend.pool
+        (session,) = pool.sessions
+        with pool.mutex:  # keeps the watcher waiting
+            cut(store)
+            wait_for(session.is_dead)
+            with pytest.raises(Interrupt):
+                _ = both[0].is_lost
+        wait_for(lambda: len(told) == 2)
+    finally:
+        goes_on.set()
+        signal.signal(signal.SIGUSR1, before)
+    for held in both:
+        with pytest.raises(LockLost):
+            held.release()
+
+
+def test_a_callback_that_ends_its_thread_keeps_no_other_owner_from_hearing(store: LockStore) -> None:
+    told: list[HeldLock] = []
+
+    def end(held: HeldLock) -> None:
+        told.append(held)
+        raise SystemExit
+
+    both = [lock(key).acquire() for key in ("one", "two")]
+    for held in both:
+        held.on_lost(end)
+    cut(store)
+    wait_for(lambda: len(told) == 2)
+    for held in both:
+        with pytest.raises(LockLost):
+            held.release()
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError("can't start new thread")])

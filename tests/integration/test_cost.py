@@ -13,7 +13,7 @@ import time
 import pytest
 
 from concurrency_safe import lock
-from concurrency_safe.core.steps import SocketWait
+from concurrency_safe.core.steps import TURN, SocketWait
 from concurrency_safe.postgres import protocol
 from concurrency_safe.postgres.protocol import answer
 from concurrency_safe.postgres.sql import Statement
@@ -134,6 +134,24 @@ def test_other_threads_that_run_meanwhile_say_nothing_against_the_pace(
             with pytest.raises(StopIteration):
                 next(answer(session.pgconn, sent + LIMIT, session.wire.pace, sent))
         assert session.wire.pace.is_brisk
+
+
+def test_after_a_while_an_answer_that_is_there_is_waited_for(dsn: str) -> None:
+    """Beside a busy thread each statement takes as long as its turn; that is no change of the pace."""
+    with lock("one") as held:
+        session = session_of(held)
+        session.wire.pace.is_brisk = True
+        session.wire.pace.spent = TURN
+        sent = time.monotonic()
+        session.pgconn.send_query(b"SELECT 1")
+        assert select.select([session.pgconn.socket], [], [], LIMIT)[0]
+        late = time.monotonic() + protocol.BRISK
+        wait_for(lambda: time.monotonic() > late)
+        steps = answer(session.pgconn, sent + LIMIT, session.wire.pace, sent)
+        assert next(steps)
+        drive(going_on(steps))
+        assert session.wire.pace.is_brisk
+        assert session.wire.pace.spent == 0.0
 
 
 def test_a_first_statement_and_its_preparation_have_one_deadline(dsn: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from itertools import permutations
 from typing import ClassVar
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.db import connection, models, transaction
 
 from concurrency_safe import ConfigurationError, HeldLock, LockLost, LockUnavailable, configure, lock
@@ -21,7 +25,7 @@ from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.sql import CREATE_FENCE
 from concurrency_safe.testing import PostgresServer
-from tests.integration.conftest import LockStore, wait_for
+from tests.integration.conftest import LIMIT, LockStore, wait_for
 from tests.integration.test_shared_sessions import silent
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -142,6 +146,94 @@ def test_a_newer_token_is_given_to_nobody_who_may_have_lost_the_lock(
             pytest.fail("it is lost")
     with pytest.raises(LockLost):
         one.release()
+
+
+def test_who_only_logs_a_loss_has_no_newer_token(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(on_lost="log")
+    monkeypatch.setattr(LockSession, "capacity", 1)
+    monkeypatch.setattr(sessions, "HEARTBEAT_TIMEOUT", 0.1)
+    with lock("one") as one:
+        was = one.token
+        (session,) = {claim.session for claim in one._footing.claims}
+        with silent(session), lock("one", "other") as both:
+            assert both.token == one.token == was
+
+
+def test_a_transaction_that_was_cut_has_no_newer_token(account: Account, store: LockStore) -> None:
+
+    def body() -> None:
+        with transaction.atomic(), lock("one") as one:
+            was = one.token
+            store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+            with lock("one", scope="detached", timeout=LIMIT) as later:
+                assert later.token != one.token == was
+
+    with pytest.raises(LockLost):
+        body()
+    connection.close()
+
+
+def test_a_savepoint_that_was_rolled_back_has_no_newer_token(account: Account) -> None:
+    def fail() -> None:
+        with transaction.atomic():
+            kept.append(lock("one").acquire())
+            raise ZeroDivisionError
+
+    kept: list[HeldLock] = []
+    with transaction.atomic():
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        was = kept[0].token
+        with lock("one") as one:
+            assert one.token != kept[0].token == was
+
+
+def test_others_who_know_of_a_lock_share_nothing_with_it(account: Account, store: LockStore) -> None:
+    """A child thread has its parent's context, and is another owner."""
+
+    def child() -> int | None:
+        with lock("one", shared=True) as mine, lock("one", "other", shared=True) as both:
+            assert mine.token == both.token
+            return mine.token
+
+    with ThreadPoolExecutor() as crew:
+        parent = lock("one", shared=True).acquire()
+        was = parent.token
+        theirs = crew.submit(copy_context().run, child).result()
+        assert parent.token == was != theirs
+        store.connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+        wait_for(lambda: parent.is_lost)
+        assert crew.submit(copy_context().run, child).result() != theirs
+        assert parent.token == was
+    with pytest.raises(LockLost):
+        parent.release()
+
+
+def test_a_task_asks_nothing_on_the_connection_around_it(account: Account) -> None:
+    async def detached() -> int | None:
+        async with lock("other", scope="detached") as held:
+            return held.token
+
+    with transaction.atomic(), lock("one"):
+        with pytest.raises(ZeroDivisionError), transaction.atomic():
+            raise ZeroDivisionError
+        assert async_to_sync(detached)() is not None
+
+
+def test_a_proof_does_not_wait_for_a_task_of_its_own_loop(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LockSession, "capacity", 1)
+
+    async def main() -> None:
+        async with lock("one") as one:
+            (session,) = {claim.session for claim in one._footing.claims}
+            session.user = Footing(None)
+            with pytest.raises(LockUnavailable, match="its session is in use"), lock("one", "other"):
+                pytest.fail("nobody knows")
+            session.user = None
+            with lock("one", "other") as both:
+                assert both.token == one.token
+
+    asyncio.run(main())
 
 
 def test_a_proof_needs_a_turn(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:

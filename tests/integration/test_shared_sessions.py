@@ -232,6 +232,15 @@ def test_a_new_session_that_is_cut_at_once_is_unavailable(backend: PostgresBacke
         pytest.fail("the body ran unguarded")
 
 
+def test_whoever_notices_a_loss_while_entering_again_does_not_enter(backend: PostgresBackend, wire: Wire) -> None:
+    held = lock("one", backend=backend).acquire()
+    wire.fail(b"cs_try", cut)
+    with pytest.raises(LockLost, match="'one, two' was lost"), lock("one", "two", backend=backend):
+        pytest.fail("the body ran unguarded")
+    with pytest.raises(LockLost, match="'one' was lost"):
+        held.release()
+
+
 def test_a_turn_that_does_not_come_is_unavailable(backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "STALL", 0.1)
     held = lock("one", backend=backend).acquire()
