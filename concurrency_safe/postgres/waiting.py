@@ -27,14 +27,12 @@ def take_turns() -> None:
     """Let other greenlets run, if none was let for `TURN` seconds; threads take turns by themselves."""
     global _turned_at  # noqa: PLW0603 - of the one thread that greenlets share
     sleep = time.sleep  # noqa: TID251 - for an instant
-    if not sleep.__module__.startswith(("gevent", "eventlet")):
+    if not (sleep.__module__ or "").startswith(("gevent", "eventlet")):
         return
     now = time.monotonic()
     if now - _turned_at > TURN:
         _turned_at = now
         sleep(1e-9)  # for 0, gevent doesn't look at its timers each time
-        if _turned_at == now:  # nobody else has let the hub turn meanwhile
-            _turned_at = time.monotonic()
 
 
 def drive(steps: Steps[_T]) -> _T:

@@ -36,6 +36,7 @@ from concurrency_safe import (
 )
 from concurrency_safe.core.steps import TURN, GateWait, Steps
 from concurrency_safe.gates import gate_for
+from concurrency_safe.postgres import loop as loops
 from concurrency_safe.postgres.loop import finish
 from concurrency_safe.spaces import close_idle_sessions
 from tests.integration.conftest import LockStore, Rival, wait_for
@@ -141,6 +142,26 @@ def test_a_task_that_takes_locks_without_rest_leaves_turns_to_others(
         is_over = True
         busy.join()
     assert turns.most <= 3
+
+
+def test_a_loop_that_ends_amid_a_turn_is_none_of_the_next_one() -> None:
+    async def end() -> None:
+        asyncio.get_running_loop().stop()
+        await loops.atake_turns()
+
+    async def go_on() -> None:
+        await loops.atake_turns()
+
+    first = asyncio.new_event_loop()
+    ending = first.create_task(end())
+    first.run_forever()
+    first.close()
+    assert ending.done()
+    stale = loops._turn.since
+    assert stale is not None
+    wait_for(lambda: time.monotonic() > stale + TURN)
+    asyncio.run(go_on())
+    assert loops._turn.since is None
 
 
 def test_no_two_tasks_hold_a_key(store: LockStore) -> None:

@@ -264,6 +264,9 @@ def test_tokens_of_other_stores_are_none_of_ours(account: Account) -> None:
         with lock("one", backend=MemoryBackend()) as other:
             assert other.token == 1
             assert one.token == was
+    store = MemoryBackend()
+    with lock("x", backend=store) as x, lock("y", backend=store) as y, lock("x", "y", backend=store) as both:
+        assert x.token == y.token == both.token == 2
 
 
 def test_a_token_stays_as_it_is_while_other_keys_are_taken(account: Account) -> None:

@@ -41,13 +41,21 @@ with lock("warm"):
     pass
 gevent.spawn(look)
 gevent.get_hub().threadpool.spawn(be_busy)
-for _ in range(60):
-    with lock("one"):
-        until = time.monotonic() + TURN / 2
-        while time.monotonic() < until:
-            pass
-    in_this_turn += 1
-    most = max(most, in_this_turn)
+
+
+def work(number):
+    global in_this_turn, most
+    for _ in range(60):
+        with lock(f"key {number}"):
+            until = time.monotonic() + TURN / 2
+            while time.monotonic() < until:
+                pass
+        in_this_turn += 1
+        most = max(most, in_this_turn)
+
+
+work(0)
+gevent.joinall([gevent.spawn(work, number) for number in range(2)], raise_error=True)
 is_over = True
 print(most)
 """
@@ -99,7 +107,7 @@ def run(script: str, *arguments: object) -> float:
 
 
 def test_a_greenlet_that_takes_locks_without_rest_leaves_turns_to_others(store: LockStore) -> None:
-    assert run(GREENLETS, store.dsn) <= 3
+    assert run(GREENLETS, store.dsn) <= 5
 
 
 def test_a_turn_is_for_all_tasks_together() -> None:
