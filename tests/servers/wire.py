@@ -65,6 +65,8 @@ class Wire:
         given = conninfo.conninfo_to_dict(dsn)
         self._target = (str(given.get("host") or "127.0.0.1"), int(given.get("port") or 5432))
         self._listener = socket.create_server(("127.0.0.1", 0))
+        # Else it grows, on some systems to more than any statement here.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         port = self._listener.getsockname()[1]
         self.dsn = conninfo.make_conninfo(dsn, host="127.0.0.1", port=port, sslmode="disable", gssencmode="disable")
         self.links: list[Link] = []
