@@ -413,26 +413,27 @@ class HeldLock:
         """Give the newest token to all locks of this flow that it can meet in a row: those with a key in common.
 
         They hold their keys since before, so nobody else's token is between the two. A claim proves that by a
-        statement, unless its session is that of the token. A lock in transaction scope shares the tokens of its own
-        transaction alone.
+        statement, unless its session is that of the token; a lock of which one doesn't is left out. A lock in
+        transaction scope shares the tokens of its own transaction alone.
         """
+        mine = self._footing
         footings = [one._footing for one in self._sharing_transaction()]
-        claims: set[Claim] = set()
+        sessions = {claim.session for claim in mine.claims if claim.token == token and claim.session is not None}
         for footing in footings:
-            for claim in footing.claims:
-                claims.add(claim)
-                footings += [other for other in claim.stands if other not in footings]
-        sessions = {claim.session for claim in claims if claim.token == token and claim.session is not None}
-        older = [claim for claim in claims if claim.token != token and claim.session not in sessions]
-        if older and not (yield from self._footing.backend.prove(self._footing, older)):
-            if self._settings.on_lost == "raise":
-                raise self._loss()
-            self._footing.token = min(claim.token for claim in older if claim.token is not None)
-            return
-        for footing in footings:
+            claims = [claim for claim in tuple(footing.claims) if claim.held]
+            older = [claim for claim in claims if claim.token != token and claim.session not in sessions]
+            if older and not (yield from mine.backend.prove(mine, older)):
+                if footing is not mine:
+                    continue
+                if self._settings.on_lost == "raise":
+                    raise self._loss()
+                mine.token = min((claim.token for claim in older if claim.token is not None), default=None)
+                return
             footing.token = token
-        for claim in claims:
-            claim.token = token
+            sessions.update(claim.session for claim in older if claim.session is not None)
+            for claim in claims:
+                claim.token = token
+                footings += [other for other in tuple(claim.stands) if other not in footings]
 
     def _sharing_transaction(self) -> list[HeldLock]:
         """Give this lock, and those held by the same transaction that have a key in common with it, or so in a row."""

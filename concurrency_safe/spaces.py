@@ -92,7 +92,8 @@ def space_of(backend: object, settings: Settings) -> LockSpace:
 
     Raises: ConfigurationError: it is none.
     """
-    if not all(callable(getattr(backend, verb, None)) for verb in ("acquire", "conflict", "release", "undo")):
+    verbs = ("acquire", "conflict", "release", "undo", "prove", "is_lost")
+    if not all(callable(getattr(backend, verb, None)) for verb in verbs):
         raise ConfigurationError(
             f"backend={backend!r} is no lock store; give one such as concurrency_safe.memory.MemoryBackend(), "
             "or leave it out for PostgreSQL"

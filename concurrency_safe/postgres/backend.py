@@ -328,7 +328,7 @@ class PostgresBackend:
         for session, mine in _by_session(holds).items():
             try:
                 if not self.pool.take_at_once(borrower, session):
-                    if session.home is not borrower.home:
+                    if borrower.home is None is not session.home:
                         raise ServerGoneError("its session is in use")
                     yield from self.pool.take(borrower, session)
                 yield from session.beat()

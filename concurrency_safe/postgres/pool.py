@@ -6,6 +6,7 @@ can't prove that what it leaves is clean ends the session.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -261,12 +262,13 @@ class SessionPool:
 
 def _lose(holds: Iterator[Hold]) -> None:
     """Tell the owners; another thread goes on where this one is interrupted, or a callback ends it."""
-    try:
-        for hold in holds:
+    for hold in holds:
+        try:
             hold.lose()
-    except BaseException:
-        threads.start(partial(_lose, holds), "concurrency_safe loss")
-        raise
+        except BaseException:
+            # The same one again, on which several may stand: who was told is not told twice.
+            threads.start(partial(_lose, itertools.chain((hold,), holds)), "concurrency_safe loss")
+            raise
 
 
 def _serves(session: LockSession, borrower: Borrower, numbers: Sequence[int], name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +17,7 @@ from asgiref.sync import async_to_sync
 from django.db import connection, models, transaction
 
 from concurrency_safe import ConfigurationError, HeldLock, LockLost, LockUnavailable, configure, lock
+from concurrency_safe.core.keys import lock_key
 from concurrency_safe.core.sessions import StoreOptions
 from concurrency_safe.fencing import fenced, fenced_update
 from concurrency_safe.memory import MemoryBackend
@@ -146,6 +149,48 @@ def test_a_newer_token_is_given_to_nobody_who_may_have_lost_the_lock(
             pytest.fail("it is lost")
     with pytest.raises(LockLost):
         one.release()
+
+
+def test_a_lock_that_was_lost_keeps_no_other_from_its_token(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LockSession, "capacity", 1)
+    monkeypatch.setattr(sessions, "HEARTBEAT_TIMEOUT", 0.1)
+    lost = lock("x").acquire()
+    around = lock("x", "y").acquire()
+    was = around.token
+    (session,) = {claim.session for claim in lost._footing.claims}
+    with silent(session), lock("y", "z") as both:
+        assert both.token != was == around.token
+        assert not both.is_lost
+    for held in (around, lost):
+        with pytest.raises(LockLost):
+            held.release()
+
+
+def test_who_waits_for_a_lock_shares_no_token_yet(account: Account, store: LockStore) -> None:
+    """A signal handler takes locks in the thread that waits."""
+    seen: list[int] = []
+    number, me = lock_key("y").number, threading.get_ident()
+
+    def handle(*_: object) -> None:
+        with lock("x", "z") as held:
+            seen.append(held.token or 0)
+        store.connection.execute("SELECT pg_advisory_unlock(%s)", [number])
+
+    def interrupt(around: HeldLock) -> None:
+        claims = around._footing.ownership
+        assert claims is not None
+        wait_for(lambda: any(not claim.held for claim in claims._held))
+        signal.pthread_kill(me, signal.SIGUSR1)
+
+    store.connection.execute("SELECT pg_advisory_lock(%s)", [number])
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with ThreadPoolExecutor() as crew, lock("x") as around:
+            crew.submit(interrupt, around)
+            with lock("x", "y", timeout=LIMIT) as both:
+                assert around.token == both.token == seen[0] + 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_who_only_logs_a_loss_has_no_newer_token(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
