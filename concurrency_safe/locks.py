@@ -100,6 +100,7 @@ def lock(  # noqa: PLR0913 - one keyword an option
     Raises:
         ConfigurationError, KeyTemplateError: At once, for a bad option or key.
         LockAcquireTimeout, LockUnavailable, LockInTransaction, LockReentrancyError, LockCapacityError: By `with`.
+        LockLost: By the end of `with`, and by a `with` that enters again what was lost (see the setting ON_LOST).
     """
     try:
         options = lock_options(timeout, shared, slots, scope, using, max_waiters)

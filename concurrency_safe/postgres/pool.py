@@ -6,6 +6,7 @@ can't prove that what it leaves is clean ends the session.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -267,7 +268,8 @@ def _lose(holds: Iterator[Hold]) -> None:
             hold.lose()
         except BaseException:
             # The same one again, on which several may stand: who was told is not told twice.
-            threads.start(partial(_lose, itertools.chain((hold,), holds)), "concurrency_safe loss")
+            with contextlib.suppress(RuntimeError):  # there is room for no more threads: they hear at their release
+                threads.start(partial(_lose, itertools.chain((hold,), holds)), "concurrency_safe loss")
             raise
 
 

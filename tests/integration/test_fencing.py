@@ -27,6 +27,7 @@ from concurrency_safe.postgres import session as sessions
 from concurrency_safe.postgres.backend import PostgresBackend
 from concurrency_safe.postgres.session import LockSession
 from concurrency_safe.postgres.sql import CREATE_FENCE
+from concurrency_safe.postgres.waiting import drive
 from concurrency_safe.testing import PostgresServer
 from tests.integration.conftest import LIMIT, LockStore, wait_for
 from tests.integration.test_shared_sessions import silent
@@ -277,6 +278,28 @@ def test_a_proof_does_not_wait_for_a_task_of_its_own_loop(account: Account, monk
             session.user = None
             with lock("one", "other") as both:
                 assert both.token == one.token
+
+    asyncio.run(main())
+
+
+def test_a_proof_waits_for_a_thread(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LockSession, "capacity", 1)
+
+    async def main() -> None:
+        with lock("one") as one:
+            pool = one._footing.backend.pool
+            (session,) = {claim.session for claim in one._footing.claims}
+            user = Footing(None)
+            drive(pool.take(user, session))
+
+            async def end_its_turn() -> None:
+                await asyncio.to_thread(wait_for, lambda: pool._queue)
+                drive(pool.free(user))
+
+            ending = asyncio.create_task(end_its_turn())
+            async with lock("one", "other") as both:
+                assert both.token == one.token
+            await ending
 
     asyncio.run(main())
 
